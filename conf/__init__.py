@@ -1,0 +1,1 @@
+"""Hydra groups, data only; a package so that Hydra can read pkg://tightrec.conf."""

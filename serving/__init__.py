@@ -1,0 +1,1 @@
+"""Serving of snapshots over several paths."""

@@ -1,0 +1,1 @@
+"""Low-precision snapshots of trained models: export, verify, load, monitor."""

@@ -1,0 +1,1 @@
+"""Data sets: preparation, the one on-disk layout, the reader and the synthetic source."""

@@ -1,0 +1,82 @@
+"""Plain mappings into the frozen dataclasses that configure each layer.
+
+Every layer declares a frozen, keyword-only dataclass. Whatever reads user input (Hydra in
+``trainer/config.py``, ``key=value`` words in the small command lines) turns it into nested plain
+mappings and calls :func:`from_mapping`, so that a misspelt key or a wrong type is told the same way
+everywhere: what, where, and what was probably meant.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar, get_args, get_type_hints
+
+from pydantic import TypeAdapter, ValidationError
+
+T = TypeVar("T")
+
+
+def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
+    """Build the dataclass ``cls`` from nested plain ``values``; ``where`` names the input in errors.
+
+    Types are checked and converted by pydantic (``"3"`` becomes 3 for an ``int`` field).
+
+    Raises:
+        ValueError: an unknown key (with the nearest known one), a missing key, a wrong type, or
+            whatever the dataclass's own ``__post_init__`` refuses.
+    """
+    _refuse_unknown_keys(cls, values, where)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        lines = [_sentence(detail, where) for detail in error.errors(include_url=False)]
+        raise ValueError("\n".join(lines)) from None
+
+
+def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
+    """Build the dataclass ``cls`` from command-line words of the form ``key=value`` (dots nest).
+
+    Raises:
+        ValueError: a word without ``=``, a key given twice, or anything :func:`from_mapping` refuses.
+    """
+    values: dict[str, Any] = {}
+    for word in words:
+        key, equals, value = word.partition("=")
+        if not equals or not key:
+            raise ValueError(f"{where}: {word!r} is not of the form key=value. Keys: {', '.join(keys_of(cls))}.")
+        *parents, leaf = key.split(".")
+        level = values
+        for parent in parents:
+            level = level.setdefault(parent, {})
+        if leaf in level:
+            raise ValueError(f"{where}: {key} is given twice. Give it once.")
+        level[leaf] = None if value in ("null", "None") else value
+    return from_mapping(cls, values, where)
+
+
+def keys_of(cls: type) -> list[str]:
+    """Names of the fields of the dataclass ``cls``, in order of declaration."""
+    return [field.name for field in dataclasses.fields(cls)]
+
+
+def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], where: str) -> None:
+    known = keys_of(cls)
+    hints = get_type_hints(cls)
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1)
+            meant = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
+            raise ValueError(f"{where}: there is no setting {key!r}.{meant}")
+        nested = next((t for t in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
+        if isinstance(value, Mapping) and isinstance(nested, type):
+            _refuse_unknown_keys(nested, value, f"{where}.{key}" if where else str(key))
+
+
+def _sentence(detail: Any, where: str) -> str:
+    place = ".".join(str(part) for part in (where, *detail["loc"]) if part != "")
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "missing":
+        return f"{place}: this setting has no default, give it."
+    if detail["type"] == "value_error":
+        return f"{place}: {message}"
+    return f"{place}: {message}, not {detail['input']!r}."
