@@ -1,0 +1,164 @@
+"""DLRM and DLRM-DCNv2 built from torchrec's modules, for any number of dense features, none included.
+
+Legend: B rows, F sparse features, D embedding dim, N = F vectors (+ 1 with dense features).
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torchrec.models.dlrm import DenseArch, OverArch
+from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
+from torchrec.modules.embedding_modules import EmbeddingBagCollection
+from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
+
+from tightrec.models.config import ModelConfig
+
+
+class DotInteraction(nn.Module):
+    """All pairwise dot products of a row's N vectors, after the dense vector (Naumov et al. 2019).
+
+    The values are those of ``torchrec.models.dlrm.InteractionArch``. The upper triangle is taken by one
+    ``index_select`` on the flattened products: its backward writes each position once, where the
+    backward of the two-index gather runs a serial accumulating scatter on CPU.
+
+    Example: dense vector d and sparse vectors a, b give the columns (d, d.a, d.b, a.b).
+    """
+
+    pairs: Tensor
+
+    def __init__(self, vectors: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        first, second = torch.triu_indices(vectors, vectors, offset=1, device=device)
+        self.register_buffer("pairs", first * vectors + second, persistent=False)
+
+    def forward(self, dense: Tensor | None, sparse: Tensor) -> Tensor:
+        """Map [B, D] and [B, F, D] to [B, D + N (N - 1) / 2]; without ``dense`` the D is absent."""
+        vectors = _stack(dense, sparse)
+        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
+        return products if dense is None else torch.cat((dense, products), dim=1)
+
+
+class CrossInteraction(nn.Module):
+    """A low-rank cross network over a row's N vectors side by side (Wang et al. 2021, DCN v2)."""
+
+    def __init__(self, vectors: int, config: ModelConfig, device: torch.device | None = None) -> None:
+        super().__init__()
+        width = vectors * config.embedding_dim
+        self.crossnet = LowRankCrossNet(width, config.cross_layers, config.cross_rank).to(device)
+
+    def forward(self, dense: Tensor | None, sparse: Tensor) -> Tensor:
+        """Map [B, D] and [B, F, D] to [B, N * D]."""
+        return self.crossnet(_stack(dense, sparse).flatten(1))
+
+
+class DLRM(nn.Module):
+    """Embedding tables, bottom MLP, interaction (dot or cross network) and top MLP; returns logits.
+
+    Module and parameter names are those of ``torchrec.models.dlrm.DLRM``, so that state dicts of the
+    ``dlrm`` architecture interchange with it. Everything behind the tables is a module of its own,
+    because torchrec's pipeline traces this forward symbolically and stops at modules without tables.
+
+    Args:
+        tables: an EmbeddingBagCollection whose tables all have dim ``config.embedding_dim``; sharding
+            replaces it in place.
+        dense_features: number of dense columns, possibly 0.
+        device: where the MLPs are made.
+
+    Raises:
+        ValueError: the interaction would have no columns at all.
+    """
+
+    def __init__(
+        self,
+        tables: EmbeddingBagCollection,
+        dense_features: int,
+        config: ModelConfig,
+        device: torch.device | None = None,
+    ) -> None:
+        super().__init__()
+        names = [name for table in tables.embedding_bag_configs() for name in table.feature_names]
+        vectors = len(names) + (1 if dense_features else 0)
+        self.autocast_bf16 = config.dense_precision == "bf16"
+        self.sparse_arch = _SparseArch(tables, names, config.embedding_dim)
+        self.dense_arch: nn.Module | None = None
+        if dense_features:
+            layers = [*config.bottom_layers, config.embedding_dim]
+            self.dense_arch = DenseArch(dense_features, layer_sizes=layers, device=device)
+        self.inter_arch: nn.Module
+        if config.architecture == "dlrm":
+            self.inter_arch = DotInteraction(vectors, device)
+            width = vectors * (vectors - 1) // 2 + (config.embedding_dim if dense_features else 0)
+        else:
+            self.inter_arch = CrossInteraction(vectors, config, device)
+            width = vectors * config.embedding_dim
+        if width == 0:
+            raise ValueError(
+                "a dot interaction needs at least two vectors a row, but the data has one sparse column and "
+                "no dense ones. Use model=dcnv2."
+            )
+        self.over_arch = OverArch(width, layer_sizes=[*config.top_layers, 1], device=device)
+
+    def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
+        """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
+        embedded = self.sparse_arch(sparse)
+        with torch.autocast(dense.device.type, torch.bfloat16, enabled=self.autocast_bf16):
+            bottom = None if self.dense_arch is None else self.dense_arch(dense)
+            logits = self.over_arch(self.inter_arch(bottom, embedded))
+        return logits.float().squeeze(-1)
+
+
+class _SparseArch(nn.Module):
+    """The tables, under the name that torchrec's DLRM gives them."""
+
+    def __init__(self, tables: EmbeddingBagCollection, names: list[str], embedding_dim: int) -> None:
+        super().__init__()
+        self.embedding_bag_collection = tables
+        self.pooled = _PooledMatrix(names, embedding_dim)
+
+    def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
+        return self.pooled(self.embedding_bag_collection(sparse))
+
+
+class _PooledMatrix(nn.Module):
+    """Pooled embeddings as [B, F, D]; copies only where sharding has reordered the features."""
+
+    def __init__(self, names: list[str], embedding_dim: int) -> None:
+        super().__init__()
+        self.names = names
+        self.embedding_dim = embedding_dim
+
+    def forward(self, pooled: KeyedTensor) -> Tensor:
+        if list(pooled.keys()) == self.names:
+            values = pooled.values()
+        else:
+            columns = pooled.to_dict()
+            values = torch.cat([columns[name] for name in self.names], dim=1)
+        return values.reshape(-1, len(self.names), self.embedding_dim)
+
+
+def _stack(dense: Tensor | None, sparse: Tensor) -> Tensor:
+    if dense is None:
+        return sparse
+    return torch.cat((dense.unsqueeze(1), sparse.to(dense.dtype)), dim=1)
+
+
+def build_tables(
+    columns: Sequence[tuple[str, int]], config: ModelConfig, device: torch.device | None = None
+) -> EmbeddingBagCollection:
+    """One table a sparse column: ``columns`` holds (name, cardinality); table ``t_NAME``, feature NAME."""
+    pooling = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}[config.pooling]
+    return EmbeddingBagCollection(
+        device=device or torch.device("meta"),
+        tables=[
+            EmbeddingBagConfig(
+                name=f"t_{name}",
+                feature_names=[name],
+                num_embeddings=cardinality,
+                embedding_dim=config.embedding_dim,
+                pooling=pooling,
+            )
+            for name, cardinality in columns
+        ],
+    )
