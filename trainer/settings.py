@@ -43,7 +43,9 @@ def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
     for word in words:
         key, equals, value = word.partition("=")
         if not equals or not key:
-            raise ValueError(f"{where}: {word!r} is not of the form key=value. Keys: {', '.join(keys_of(cls))}.")
+            raise ValueError(
+                f"{where}: {word!r} is not of the form key=value. Keys: {', '.join(keys_of(cls))}."
+            )
         *parents, leaf = key.split(".")
         level = values
         for parent in parents:

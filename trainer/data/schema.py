@@ -42,7 +42,9 @@ class SparseColumn:
 
     def __post_init__(self) -> None:
         if self.cardinality < 1:
-            raise ValueError(f"sparse column {self.name!r}: cardinality {self.cardinality} must be at least 1.")
+            raise ValueError(
+                f"sparse column {self.name!r}: cardinality {self.cardinality} must be at least 1."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

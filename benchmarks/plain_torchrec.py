@@ -1,0 +1,158 @@
+"""A minimal torchrec program in the style of MLCommons' torchrec_dlrm: the control of our trainer.
+
+    OMP_NUM_THREADS=1 .venv/bin/torchrun --standalone --nproc-per-node 2 benchmarks/plain_torchrec.py \
+        --steps 200 --compare
+
+Everything between the batch and the update is torchrec's own: its DLRM, DLRMTrain, sharder, pipeline and
+optimizers. Batches, seeds, table placement and hyper-parameters are those of our default job, so that the
+losses must agree bit for bit. With ``--compare`` our trainer's loop runs on the same batches in the same
+processes, in turns with the plain one, and the ratio of rows per second is printed.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from fbgemm_gpu.split_embedding_configs import EmbOptimType
+from torch import distributed as dist
+from torchrec.datasets.utils import Batch as TorchrecBatch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardingPlan
+from torchrec.models.dlrm import DLRM, DLRMTrain
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizerWrapper
+from torchrec.optim.optimizers import in_backward_optimizer_filter
+
+from tightrec.models.dlrm import build_tables
+from tightrec.sharding.plan import Cluster, make_plan
+from tightrec.trainer.build import build_task, derived_seed
+from tightrec.trainer.config import JobConfig, load
+from tightrec.trainer.data.batch import Batch
+from tightrec.trainer.data.loader import Loader
+from tightrec.trainer.data.synthetic import SyntheticSource
+from tightrec.trainer.pipeline import build_pipeline
+from tightrec.trainer.ranks import Ranks, connected
+
+
+class PlainRun:
+    """torchrec's own step."""
+
+    def __init__(self, config: JobConfig, ranks: Ranks, source: SyntheticSource) -> None:
+        schema, model = source.schema, config.model
+        tables = build_tables([(c.name, c.cardinality) for c in schema.sparse], model)
+        torch.manual_seed(derived_seed(config.seed, 0, "dense"))
+        train_model = DLRMTrain(
+            DLRM(
+                embedding_bag_collection=tables,
+                dense_in_features=len(schema.dense),
+                dense_arch_layer_sizes=[*model.bottom_layers, model.embedding_dim],
+                over_arch_layer_sizes=[*model.top_layers, 1],
+            )
+        )
+        fused = {
+            "optimizer": EmbOptimType.EXACT_ROWWISE_ADAGRAD,
+            "learning_rate": config.optimizer.tables.lr,
+            "eps": config.optimizer.tables.eps,
+        }
+        sharder = EmbeddingBagCollectionSharder(fused_params=fused)
+        cluster = Cluster(world=ranks.world, local_world=ranks.local_world, device=ranks.device)
+        batch_size = config.data.loader.batch_size
+        plan = make_plan(tables, sharder, config.sharding, cluster, batch_size)
+        torch.manual_seed(derived_seed(config.seed, ranks.rank, "tables"))
+        self.model = DistributedModelParallel(
+            train_model,
+            device=ranks.device,
+            plan=ShardingPlan({"model.sparse_arch.embedding_bag_collection": plan}),
+            sharders=[sharder],
+        )
+        dense = KeyedOptimizerWrapper(
+            dict(in_backward_optimizer_filter(self.model.named_parameters())),
+            lambda p: torch.optim.Adagrad(p, lr=config.optimizer.dense.lr, eps=config.optimizer.dense.eps),
+        )
+        self.optimizer = CombinedOptimizer([self.model.fused_optimizer, dense])
+        self.pipeline = TrainPipelineSparseDist(
+            self.model, self.optimizer, ranks.device, execute_all_batches=True
+        )
+
+    def steps(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """The loss of each batch, [steps] scalars."""
+        stream = (TorchrecBatch(b.dense, b.sparse, b.labels) for b in batches)
+        return [self.pipeline.progress(stream)[0] for _ in batches]
+
+
+class OurRun:
+    """The same through our task and pipeline."""
+
+    def __init__(self, config: JobConfig, ranks: Ranks, source: SyntheticSource) -> None:
+        built = build_task(config, ranks, source.schema)
+        self.pipeline = build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device)
+
+    def steps(self, batches: list[Batch]) -> list[torch.Tensor]:
+        """The loss of each batch, [steps] scalars."""
+        stream: Iterator[Batch] = iter(batches)
+        return [self.pipeline.progress(stream).loss for _ in batches]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50, help="training steps")
+    parser.add_argument("--turn", type=int, default=25, help="steps in one timed turn")
+    parser.add_argument("--compare", action="store_true", help="run our trainer's step beside it")
+    parser.add_argument("overrides", nargs="*", help="Hydra overrides of our default job")
+    words = parser.parse_args()
+    config, _ = load(words.overrides)
+    with connected("cpu", 120) as ranks:
+        source = SyntheticSource(config.data.synthetic, "train")
+        loader = Loader(source, config.data.loader, ranks.rank, ranks.world)
+        stream = loader.iterate(loader.start(0), steps=words.steps)
+        batches = [batch for batch, _ in zip(stream, range(words.steps), strict=False)]
+        runs: dict[str, Any] = {"plain": PlainRun(config, ranks, source)}
+        if words.compare:
+            runs["ours"] = OurRun(config, ranks, source)
+        losses: dict[str, list[float]] = {name: [] for name in runs}
+        seconds: dict[str, list[float]] = {name: [] for name in runs}
+        for start in range(0, len(batches), words.turn):
+            turn = batches[start : start + words.turn]
+            for name, run in runs.items():
+                dist.barrier()
+                begin = time.perf_counter()
+                losses[name] += [float(loss) for loss in run.steps(turn)]
+                seconds[name].append((time.perf_counter() - begin) / len(turn))
+        if ranks.rank == 0:
+            _print(words, config, ranks, losses, seconds)
+
+
+def _print(
+    words: argparse.Namespace,
+    config: JobConfig,
+    ranks: Ranks,
+    losses: dict[str, list[float]],
+    seconds: dict[str, list[float]],
+) -> None:
+    rows = config.data.loader.batch_size * ranks.world
+    for name, values in seconds.items():
+        speeds = sorted(rows / s for s in values[1:] or values)
+        print(
+            f"{name:>5}: rows/s min {speeds[0]:,.0f} median {statistics.median(speeds):,.0f} "
+            f"max {speeds[-1]:,.0f}; first loss {losses[name][0]!r}, last loss {losses[name][-1]!r}"
+        )
+    if words.compare:
+        ratios = [p / o for p, o in zip(seconds["plain"], seconds["ours"], strict=True)][1:]
+        same = losses["plain"] == losses["ours"]
+        print(f"losses of {words.steps} steps bit-identical: {same}")
+        if ratios:
+            print(
+                f"ours / plain rows/s, turn by turn: min {min(ratios):.3f} "
+                f"median {statistics.median(ratios):.3f} max {max(ratios):.3f}"
+            )
+    else:
+        print(json.dumps({"losses": losses["plain"]}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""From configuration and schema to a sharded model with its optimizer."""
+
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.model_parallel import DistributedModelParallel
+from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
+from torchrec.optim.keyed import CombinedOptimizer
+
+from tightrec.models.dlrm import DLRM, build_tables
+from tightrec.sharding.codecs import codec_registry, require_runnable
+from tightrec.sharding.plan import Cluster, PlanRow, make_plan, plan_rows
+from tightrec.trainer.config import DataConfig, JobConfig
+from tightrec.trainer.data.parquet import ParquetSource
+from tightrec.trainer.data.schema import Schema, load_schema
+from tightrec.trainer.data.source import Source
+from tightrec.trainer.data.synthetic import SyntheticSource
+from tightrec.trainer.optimizer import LearningRate, build_optimizer, fused_parameters
+from tightrec.trainer.ranks import Ranks
+from tightrec.trainer.task import ClickTask
+
+TABLES_PATH = "model.sparse_arch.embedding_bag_collection"
+"""Where the tables stand in a ClickTask."""
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model ready to train."""
+
+    task: DistributedModelParallel
+    optimizer: CombinedOptimizer
+    learning_rate: LearningRate
+    plan: list[PlanRow]
+
+
+def derived_seed(seed: int, rank: int, purpose: str) -> int:
+    """A seed for ``purpose`` on ``rank``; different purposes and ranks get unrelated streams."""
+    return (seed * 1_000_003 + rank * 7_919 + zlib.crc32(purpose.encode())) % 2**63
+
+
+def open_sources(config: DataConfig) -> dict[str, Source]:
+    """Every split that the data has, by name.
+
+    Raises:
+        ValueError: the prepared folder is missing (with the command that makes it) or damaged.
+    """
+    if config.source == "synthetic":
+        splits = ("train", "valid", "test")
+        synthetic = {split: SyntheticSource(config.synthetic, split) for split in splits}
+        return {split: source for split, source in synthetic.items() if source.row_counts}
+    folder = Path(config.path or "")
+    if not folder.is_dir() and config.prepare:
+        raise ValueError(f"data.path={folder} does not exist. Make it with\n    {config.prepare}")
+    schema = load_schema(folder)
+    return {split: ParquetSource(folder, split) for split in schema.rows}
+
+
+def build_task(config: JobConfig, ranks: Ranks, schema: Schema) -> Built:
+    """Build, plan and shard the model that ``config`` describes for data of ``schema``; a collective.
+
+    Initial weights come from (seed, "dense") on every rank and (seed, rank, "tables"), whatever global
+    random state there was.
+
+    Raises:
+        ValueError: a combination of codec, sharding, optimizer and device that cannot run.
+    """
+    if not schema.sparse:
+        raise ValueError("the data has no sparse column, so there is no embedding table to train.")
+    tables = build_tables([(c.name, c.cardinality) for c in schema.sparse], config.model)
+    configs = tables.embedding_bag_configs()
+    batch_size, dim = config.data.loader.batch_size, config.model.embedding_dim
+    cluster = Cluster(world=ranks.world, local_world=ranks.local_world, device=ranks.device)
+    sharder = EmbeddingBagCollectionSharder(
+        fused_params=fused_parameters(config.optimizer.tables, ranks.device),
+        qcomm_codecs_registry=codec_registry(config.codec, dim),
+    )
+    plan = make_plan(tables, sharder, config.sharding, cluster, batch_size)
+    types = [(name, parameter.sharding_type) for name, parameter in plan.items()]
+    if ranks.world > 1:
+        require_runnable(config.codec, types, dim, batch_size, ranks.device)
+    with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
+        torch.manual_seed(derived_seed(config.seed, 0, "dense"))
+        task = ClickTask(DLRM(tables, len(schema.dense), config.model, ranks.device))
+        torch.manual_seed(derived_seed(config.seed, ranks.rank, "tables"))
+        sharded = _shard(task, plan, sharder, ranks)
+    optimizer = build_optimizer(sharded, config.optimizer.dense)
+    state_floats = config.optimizer.tables.floats_per_value(dim)
+    return Built(
+        task=sharded,
+        optimizer=optimizer,
+        learning_rate=LearningRate(optimizer, config.optimizer, config.schedule),
+        plan=plan_rows(plan, configs, cluster, config.codec, batch_size, state_floats),
+    )
+
+
+def _shard(
+    task: ClickTask,
+    plan: EmbeddingModuleShardingPlan,
+    sharder: EmbeddingBagCollectionSharder,
+    ranks: Ranks,
+) -> DistributedModelParallel:
+    return DistributedModelParallel(
+        task,
+        device=ranks.device,
+        plan=ShardingPlan({TABLES_PATH: plan}),
+        sharders=[sharder],
+    )

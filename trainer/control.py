@@ -1,0 +1,130 @@
+"""What ranks agree on while they train: when to stop, and that every loss was a number."""
+
+import signal
+import zlib
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+
+from tightrec.trainer.data.batch import Batch
+
+_STOP, _NOT_A_NUMBER = 0, 1
+
+
+class NotANumber(ArithmeticError):
+    """The loss was NaN or infinite; the message says at which step and with which batch."""
+
+
+@dataclass
+class StopRequest:
+    """Set by SIGTERM; the loop looks at it between steps."""
+
+    asked: bool = False
+
+
+@contextmanager
+def stop_on_sigterm() -> Iterator[StopRequest]:
+    """Turn SIGTERM into a request to stop at the next agreed step, inside the ``with``."""
+    request = StopRequest()
+
+    def ask(_signal: int, _frame: FrameType | None) -> None:
+        request.asked = True
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Control:
+    """Agreement over ranks every few steps, without waiting for the slowest one.
+
+    An all-reduce on a gloo group of its own starts at one agreement point and is read at the next, so that
+    it costs no exposed time; ranks therefore stop at the same step, at most two intervals late.
+
+    Args:
+        group: a gloo group over all ranks, used by nobody else.
+        every: steps between agreement points.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, every: int, request: StopRequest) -> None:
+        self._group = group
+        self._every = every
+        self._request = request
+        self._flags: Tensor | None = None
+        self._work: dist.Work | None = None
+        self._losses: deque[tuple[int, Tensor, Batch]] = deque()
+        self._first_bad: tuple[int, str] | None = None
+
+    def watch(self, step: int, loss: Tensor, batch: Batch) -> None:
+        """Remember a step's loss [scalar] until the next agreement point; does not synchronise."""
+        self._losses.append((step, loss, batch))
+
+    def point(self, step: int, now: bool = False) -> bool:
+        """Call after step ``step`` on every rank; True once all ranks are to stop.
+
+        Args:
+            now: wait for this point's own answer, as before a checkpoint.
+
+        Raises:
+            NotANumber: on every rank, if any rank's loss was not finite.
+        """
+        if not now and step % self._every:
+            return False
+        flags = self._settle()
+        self._launch()
+        if now:
+            flags = self._settle() or flags
+        return bool(flags and flags[_STOP])
+
+    def _launch(self) -> None:
+        self._check_losses()
+        flags = torch.tensor([self._request.asked, self._first_bad is not None], dtype=torch.int32)
+        self._flags = flags
+        self._work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
+
+    def _settle(self) -> list[bool] | None:
+        if self._work is None or self._flags is None:
+            return None
+        self._work.wait()
+        flags = [bool(flag) for flag in self._flags]
+        self._work = self._flags = None
+        if flags[_NOT_A_NUMBER]:
+            if self._first_bad:
+                step, fingerprint = self._first_bad
+                raise NotANumber(f"the loss of step {step} is not a finite number; batch {fingerprint}")
+            raise NotANumber("the loss of another rank is not a finite number; its message names the step")
+        return flags
+
+    def _check_losses(self) -> None:
+        if self._losses and self._first_bad is None:
+            finite = torch.isfinite(torch.stack([loss for _, loss, _ in self._losses])).tolist()
+            for (step, _, batch), ok in zip(self._losses, finite, strict=True):
+                if not ok:
+                    self._first_bad = (step, fingerprint(batch))
+                    break
+        self._losses.clear()
+
+
+def fingerprint(batch: Batch) -> str:
+    """Short text that identifies a batch's contents: CRC-32 of every part, and what is odd in it."""
+    parts = {
+        "dense": batch.dense,
+        "ids": batch.sparse.values(),
+        "lengths": batch.sparse.lengths(),
+        "labels": batch.labels,
+    }
+    words = [
+        f"{name} {zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes()):08x}"
+        for name, part in parts.items()
+    ]
+    odd = int((~torch.isfinite(batch.dense)).sum())
+    note = f", {odd} dense value(s) not finite" if odd else ""
+    return f"of {int(batch.weights.sum())} rows ({', '.join(words)}{note})"
