@@ -1,7 +1,7 @@
 """``torchrun --standalone --nproc-per-node 2 -m tightrec.trainer [group=choice] [key=value] ...``.
 
-Words are Hydra overrides of ``conf/``. Beside them: ``--help`` lists groups and settings, ``--cfg`` prints the
-composed configuration, both without starting anything.
+Words are Hydra overrides of ``conf/``. Beside them: ``--help`` lists groups and settings, ``--cfg`` prints
+the composed configuration, both without starting anything.
 """
 
 import os
@@ -49,7 +49,7 @@ def main(words: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         if first:
-            print("interrupted; the last checkpoint stays and resume=RUN_FOLDER goes on from it", file=sys.stderr)
+            print("interrupted; resume=RUN_FOLDER goes on from the last checkpoint", file=sys.stderr)
         return 130
 
 

@@ -28,6 +28,8 @@ from tightrec.trainer.settings import from_mapping, keys_of
 
 CONF_MODULE = "tightrec.conf"
 ROOT = "config"
+CHECKPOINTS = "checkpoints"
+"""Folder below a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +137,8 @@ class JobConfig:
     """The run's own folder; None: runs/NAME/DATE_TIME."""
 
     resume: str | None = None
-    """A run folder to continue: its recorded overrides apply first, its newest good checkpoint is loaded."""
+    """A run folder, or one checkpoint in it, to continue: the run's recorded overrides apply first, then
+    those given; the checkpoint, or the newest complete one, is loaded."""
 
     seed: int = 0
     """Seeds initial weights, data order and synthetic rows."""
@@ -228,11 +231,24 @@ def _why_unused(setting: str, config: JobConfig) -> str:
     }[setting.partition(".")[0]]
 
 
+def write_record(folder: Path, plain: Mapping[str, Any], overrides: Sequence[str]) -> None:
+    """Write ``folder/.hydra``: the composed configuration and the overrides that made it."""
+    record = folder / ".hydra"
+    record.mkdir(parents=True, exist_ok=True)
+    (record / "config.yaml").write_text(yaml(plain) + "\n")
+    words = [*_recorded_overrides(overrides), *overrides]
+    kept = [word for word in words if not word.startswith("resume=")]
+    (record / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
+
+
 def _recorded_overrides(overrides: Sequence[str]) -> list[str]:
     folders = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
     if not folders or folders[-1] in ("null", ""):
         return []
-    recorded = Path(folders[-1]) / ".hydra" / "overrides.yaml"
+    folder = Path(folders[-1])
+    if folder.parent.name == CHECKPOINTS:
+        folder = folder.parent.parent
+    recorded = folder / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise ValueError(
             f"resume={folders[-1]}: {recorded} does not exist, so this is not the folder of a run. Give the "

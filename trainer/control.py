@@ -1,6 +1,7 @@
 """What ranks agree on while they train: when to stop, and that every loss was a number."""
 
 import signal
+import time
 import zlib
 from collections import deque
 from collections.abc import Iterator
@@ -23,24 +24,38 @@ class NotANumber(ArithmeticError):
 
 @dataclass
 class StopRequest:
-    """Set by SIGTERM; the loop looks at it between steps."""
+    """Set by SIGTERM and Ctrl-C; the loop looks at it between steps."""
 
-    asked: bool = False
+    signal_name: str | None = None
+    """The first signal that asked."""
+
+    asked_at: float = 0.0
+    """When, on the monotonic clock."""
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[StopRequest]:
-    """Turn SIGTERM into a request to stop at the next agreed step, inside the ``with``."""
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Turn SIGTERM and SIGINT into a request to stop at the next agreed step, inside the ``with``.
+
+    A second Ctrl-C, a second or more after the first, interrupts at once: torchrun passes on the terminal's
+    own Ctrl-C, so that a rank sees the first one twice.
+    """
     request = StopRequest()
 
-    def ask(_signal: int, _frame: FrameType | None) -> None:
-        request.asked = True
+    def ask(number: int, _frame: FrameType | None) -> None:
+        late = request.signal_name is not None and time.monotonic() - request.asked_at > 1.0
+        if number == signal.SIGINT and late:
+            raise KeyboardInterrupt
+        if request.signal_name is None:
+            request.signal_name = signal.Signals(number).name
+            request.asked_at = time.monotonic()
 
-    before = signal.signal(signal.SIGTERM, ask)
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield request
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class Control:
@@ -86,7 +101,9 @@ class Control:
 
     def _launch(self) -> None:
         self._check_losses()
-        flags = torch.tensor([self._request.asked, self._first_bad is not None], dtype=torch.int32)
+        flags = torch.tensor(
+            [self._request.signal_name is not None, self._first_bad is not None], dtype=torch.int32
+        )
         self._flags = flags
         self._work = dist.all_reduce(flags, op=dist.ReduceOp.MAX, group=self._group, async_op=True)
 

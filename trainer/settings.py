@@ -50,6 +50,8 @@ def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
         level = values
         for parent in parents:
             level = level.setdefault(parent, {})
+            if not isinstance(level, dict):
+                raise ValueError(f"{where}: {key} goes below {parent}, which was given a plain value.")
         if leaf in level:
             raise ValueError(f"{where}: {key} is given twice. Give it once.")
         level[leaf] = None if value in ("null", "None") else value

@@ -1,0 +1,352 @@
+"""Checkpoints on gloo ranks: bit-identical resume, resharding, background saves, kills, refusals."""
+
+import os
+import random
+import signal
+import threading
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from checkpoint_job import DIM, ROWS, Job, predictions_of, same_bits, unsharded
+from ranks import RankFailure, run_ranks
+
+from tightrec.trainer import checkpoint_files as files
+from tightrec.trainer.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
+
+pytestmark = pytest.mark.multiprocess
+PAIRS = [("rowwise", "adagrad"), ("adagrad", "adam"), ("sgd", "sgd")]
+
+
+def _checkpointer(folder: Path, **settings: Any) -> Checkpointer:
+    return Checkpointer(folder, CheckpointConfig(**settings))
+
+
+def _close(one: list[float], other: list[float]) -> bool:
+    return len(one) == len(other) and all(abs(a - b) <= 1e-6 for a, b in zip(one, other, strict=True))
+
+
+# ---- same ranks
+
+
+def _resume(rank: int, world: int, folder: Path) -> list[Any]:
+    found: list[Any] = []
+    for number, (tables, dense) in enumerate(PAIRS):
+        saver = _checkpointer(folder / tables)
+        job = Job(rank, world, "trc", tables, dense)
+        job.train(0, 5)
+        saver.save(5, job.state, {"rows": 40})
+        losses = job.train(5, 5)
+        saver.close()
+        again = Job(rank, world, "trc", tables, dense, seed=1 + number)
+        extra = _checkpointer(folder / tables).load(files.path_of(folder / tables, 5), again.state)
+        found.append((extra, losses == again.train(5, 5), same_bits(job.local(), again.local())))
+    return found
+
+
+def test_resume_on_the_same_ranks_is_bit_identical_for_every_optimizer(tmp_path: Path) -> None:
+    for found in run_ranks(2, _resume, tmp_path):
+        assert found == [({"rows": 40}, True, [])] * len(PAIRS)
+
+
+# ---- other ranks, other sharding
+
+
+def _save(rank: int, world: int, folder: Path, sharding: str, tables: str = "rowwise") -> Any:
+    job = Job(rank, world, sharding, tables)
+    job.train(0, 3)
+    saver = _checkpointer(folder)
+    saver.save(3, job.state, {}, wait=True)
+    before, state = job.predict(), job.local()
+    job.step(3)
+    return before, job.predict(), state
+
+
+def _load(rank: int, world: int, folder: Path, shardings: list[str], tables: str = "rowwise") -> list[Any]:
+    found = []
+    for sharding in shardings:
+        job = Job(rank, world, sharding, tables, seed=5)
+        _checkpointer(folder).load(files.path_of(folder, 3), job.state)
+        before, state = job.predict(), job.local()
+        job.step(3)
+        found.append((before, job.predict(), state))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded", "tables"),
+    [
+        ((2, "tur"), (1, ["t"]), "rowwise"),
+        ((1, "t"), (2, ["r", "tur"]), "rowwise"),
+        ((2, "tru"), (4, ["r", "u", "urt"]), "rowwise"),
+        ((2, "t"), (2, ["r"]), "adagrad"),
+        ((2, "r"), (2, ["t", "c"]), "adagrad"),
+        ((2, "c"), (2, ["u"]), "adagrad"),
+        ((2, "c"), (1, ["t"]), "sgd"),
+    ],
+)
+def test_predictions_and_the_next_step_survive_resharding(
+    tmp_path: Path, saved: tuple[int, str], loaded: tuple[int, list[str]], tables: str
+) -> None:
+    before, after, _ = run_ranks(saved[0], _save, tmp_path, saved[1], tables)[0]
+    assert max(abs(a - b) for a, b in zip(before, after, strict=True)) > 1e-3, "a step must be visible"
+    for found in run_ranks(loaded[0], _load, tmp_path, loaded[1], tables):
+        for sharding, (again, next_step, _) in zip(loaded[1], found, strict=True):
+            assert _close(before, again), sharding
+            assert _close(after, next_step), sharding
+
+
+def _accumulator(ranks: list[Any], table: str, key: str) -> torch.Tensor:
+    """A table's whole accumulator, from the shards of all ranks."""
+    shards = {n: t for _, _, state in ranks for n, t in state.items() if f".{table}.weight.{key}" in n}
+    return torch.cat([shards[name] for name in sorted(shards, key=lambda n: (len(n), n))])
+
+
+def test_rowwise_state_is_averaged_over_merged_column_shards_and_repeated_for_split_ones(
+    tmp_path: Path,
+) -> None:
+    saved = run_ranks(2, _save, tmp_path, "c")
+    merged = [(*one[0],) for one in run_ranks(2, _load, tmp_path, ["t"])]
+    dense = [(*one[0],) for one in run_ranks(1, _load, tmp_path, ["d"])]
+    for table, rows in ROWS.items():
+        halves = _accumulator(saved, table, f"{table}.momentum1").view(2, rows)
+        assert halves.any()
+        torch.testing.assert_close(_accumulator(merged, table, f"{table}.momentum1"), halves.mean(0))
+        wide = halves.repeat_interleave(DIM // 2, 0).T
+        torch.testing.assert_close(_accumulator(dense, table, "sum"), wide, rtol=0, atol=0)
+    assert _close(saved[0][0], merged[0][0])
+    assert _close(saved[0][0], dense[0][0])
+
+
+def test_state_of_tables_that_become_or_were_data_parallel_is_converted(tmp_path: Path) -> None:
+    saved = run_ranks(2, _save, tmp_path, "dtt")
+    loaded = [(*one[0],) for one in run_ranks(2, _load, tmp_path, ["tdc"])]
+    assert _close(saved[0][0], loaded[0][0])
+    values = saved[0][2]["optimizer.state.sparse_arch.embedding_bag_collection.embedding_bags.a.weight.sum"]
+    torch.testing.assert_close(_accumulator(loaded, "a", "a.momentum1"), values.mean(1))
+    per_row = _accumulator(saved, "b", "b.momentum1")
+    torch.testing.assert_close(_accumulator(loaded[:1], "b", "sum"), per_row[:, None].expand(-1, DIM))
+    assert _accumulator(loaded[:1], "b", "step") == 3
+    torch.testing.assert_close(
+        _accumulator(loaded, "c", "c.momentum1"), _accumulator(saved, "c", "c.momentum1").repeat(2)
+    )
+
+
+def _load_alone(rank: int, world: int, path: Path) -> list[float]:
+    model = unsharded()
+    load_checkpoint(path, {"model": model})
+    return predictions_of(model)
+
+
+def test_unsharded_model_without_process_group_predicts_the_same(tmp_path: Path) -> None:
+    before, _, _ = run_ranks(2, _save, tmp_path, "trc")[0]
+    assert _close(before, run_ranks(1, _load_alone, files.path_of(tmp_path, 3), connect=False)[0])
+
+
+# ---- background saves
+
+
+def _train_while_saving(rank: int, world: int, folder: Path) -> Any:
+    job = Job(rank, world, "trc")
+    job.train(0, 2)
+    at_save = job.local()
+    saver = _checkpointer(folder)
+    go = threading.Event()
+    save = torch.distributed.checkpoint.save
+
+    def late(*args: Any, **kwargs: Any) -> Any:
+        assert go.wait(20)
+        return save(*args, **kwargs)
+
+    with mock.patch("torch.distributed.checkpoint.save", late):
+        saver.save(2, job.state, {})
+        job.train(2, 3)
+        running = files.find_checkpoints(folder)
+        go.set()
+        saver.wait()
+    moved = same_bits(at_save, job.local())
+    saver.load(files.path_of(folder, 2), job.state)
+    return running, len(moved) > 0, same_bits(at_save, job.local())
+
+
+def test_background_save_holds_the_state_of_its_moment_whatever_training_does_meanwhile(
+    tmp_path: Path,
+) -> None:
+    assert run_ranks(2, _train_while_saving, tmp_path) == [([], True, [])] * 2
+
+
+def _fail_once(rank: int, world: int, folder: Path) -> list[str]:
+    job = Job(rank, world, "t")
+    saver = _checkpointer(folder)
+    saver.save(1, job.state, {}, wait=True)
+    told = []
+    broken = OSError(28, "No space left on device")
+    full = mock.patch("torch.distributed.checkpoint.FileSystemWriter.write_data", side_effect=broken)
+    with full if rank == 1 else nullcontext():
+        saver.save(2, job.state, {})
+        with pytest.raises(RuntimeError) as caught:
+            saver.save(3, job.state, {})
+        told.append(str(caught.value))
+    saver.save(4, job.state, {})
+    saver.close()
+    with mock.patch.object(files, "record_of", side_effect=OSError(5, "Input/output error")):
+        saver.save(5, job.state, {})
+        with pytest.raises(RuntimeError) as caught:
+            saver.close()
+        told.append(str(caught.value))
+    saver.close()
+    return told
+
+
+def test_failure_in_the_background_is_told_once_on_all_ranks_at_the_next_call(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _fail_once, tmp_path)
+    assert first == second
+    assert "step 2" in first[0]
+    assert "rank 1: OSError: [Errno 28] No space left" in first[0]
+    assert f"newest complete one is {files.path_of(tmp_path, 1)}" in first[0]
+    assert "rank 0: OSError: [Errno 5]" in first[1]
+    assert "rank 1: OSError: [Errno 5]" in first[1]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000004"]
+
+
+def _save_many(rank: int, world: int, folder: Path) -> None:
+    job = Job(rank, world, "t")
+    (folder / "step-00000009.partial").mkdir(parents=True, exist_ok=True)
+    saver = _checkpointer(folder, keep=2, every_steps=2)
+    assert [step for step in range(1, 7) if saver.due(step)] == [2, 4, 6]
+    for step in (1, 2, 3, 4, 4):
+        saver.save(step, job.state, {"step": step})
+    saver.close()
+
+
+def test_last_k_are_kept_and_stale_partial_ones_removed(tmp_path: Path) -> None:
+    run_ranks(2, _save_many, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
+    manifest = files.verify(files.path_of(tmp_path, 4))
+    assert (manifest.world, manifest.step, manifest.extra) == (2, 4, {"step": 4})
+
+
+# ---- kills
+
+
+def _save_until_killed(rank: int, world: int, folder: Path, delay_ms: float, victim: int) -> None:
+    job = Job(rank, world, "trc")
+    saver = _checkpointer(folder, keep=2)
+    saver.save(1, job.state, {}, wait=True)
+    if rank == victim:
+        threading.Timer(delay_ms / 1e3, os.kill, (os.getpid(), signal.SIGKILL)).start()
+    for step in range(2, 10_000):
+        job.step(step)
+        saver.save(step, job.state, {})
+
+
+def _load_newest(rank: int, world: int, folder: Path) -> int:
+    newest = files.latest_complete(folder)
+    assert newest is not None
+    job = Job(rank, world, "r")
+    saver = _checkpointer(folder)
+    saver.load(newest, job.state)
+    assert all(path.suffix == "" for path in folder.iterdir())
+    saver.save(20_000, job.state, {}, wait=True)
+    return files.step_of(newest)
+
+
+def test_after_sigkill_at_a_random_moment_the_last_complete_one_loads(tmp_path: Path) -> None:
+    moments = random.Random(4)
+    reached = []
+    for attempt in range(4):
+        folder = tmp_path / str(attempt)
+        with pytest.raises(RankFailure, match="exit code -9"):
+            run_ranks(2, _save_until_killed, folder, moments.uniform(5, 300), attempt % 2)
+        for path in files.find_checkpoints(folder):
+            files.verify(path)
+        reached.append(run_ranks(2, _load_newest, folder)[0])
+    assert max(reached) > 1, reached
+
+
+# ---- refusals
+
+
+def _refused(rank: int, world: int, folder: Path, jobs: list[dict[str, Any]]) -> list[str]:
+    texts = []
+    for settings in jobs:
+        job = Job(rank, world, **{"sharding": "u", **settings})
+        before = job.local()
+        with pytest.raises(ValueError) as caught:  # noqa: PT011
+            _checkpointer(folder).load(files.path_of(folder, 3), job.state)
+        assert same_bits(before, job.local()) == []
+        texts.append(str(caught.value))
+    return texts
+
+
+def test_another_model_or_optimizer_is_refused_by_table_with_both_shapes_before_loading(
+    tmp_path: Path,
+) -> None:
+    run_ranks(2, _save, tmp_path, "tru")
+    jobs: list[dict[str, Any]] = [
+        {"rows": {**ROWS, "b": 11}},
+        {"dim": 16},
+        {"rows": {"a": 12, "b": 10}},
+        {"rows": {**ROWS, "new": 4}},
+        {"tables": "adagrad"},
+        {"tables": "sgd"},
+        {"dense": "sgd", "sharding": "d"},
+    ]
+    first, second = run_ranks(2, _refused, tmp_path, jobs)
+    assert first == second
+    expected = [
+        ["table 'b' is 10 x 8 in the checkpoint and 11 x 8 in this job"],
+        [f"table '{name}' is {rows} x 8 in the checkpoint and {rows} x 16 in" for name, rows in ROWS.items()],
+        ["table 'c' (15 x 8) is in the checkpoint but not in this job"],
+        ["table 'new' (4 x 8) is not in the checkpoint"],
+        ["optimizer state 'momentum1' of table 'a' is 12 in the checkpoint and 12 x 8 in this job"],
+        ["optimizer state 'momentum1' of table 'a' (12) is in the checkpoint but not in this job"],
+        ["optimizer state 'momentum1' of table 'a' (12) is in the checkpoint but not in this job"],
+    ]
+    for text, parts in zip(first, expected, strict=True):
+        assert str(files.path_of(tmp_path, 3)) in text
+        for part in parts:
+            assert part in text
+
+
+def _load_damaged(rank: int, world: int, folder: Path) -> tuple[str, Path | None]:
+    job = Job(rank, world, "u")
+    before = job.local()
+    with pytest.raises(files.DamagedCheckpoint) as caught:
+        _checkpointer(folder).load(files.find_checkpoints(folder)[-1], job.state)
+    assert same_bits(before, job.local()) == []
+    assert caught.value.before is not None
+    _checkpointer(folder).load(caught.value.before, job.state)
+    return str(caught.value), caught.value.before
+
+
+def test_damaged_checkpoint_is_refused_by_file_on_all_ranks_and_the_one_before_loads(tmp_path: Path) -> None:
+    run_ranks(2, _save_many, tmp_path)
+    newest, before = files.path_of(tmp_path, 4), files.path_of(tmp_path, 3)
+    file = newest / "__1_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    for text, offered in run_ranks(2, _load_damaged, tmp_path):
+        assert f"{newest} is damaged: __1_0.distcp has checksum" in text
+        assert str(before) in text
+        assert offered == before
+
+
+def _local_state(rank: int, world: int, folder: Path) -> None:
+    with mock.patch("checkpoint_job.row_wise") as row_wise:
+        from torchrec.distributed.sharding_plan import row_wise as original
+
+        row_wise.side_effect = lambda compute_kernel: original(compute_kernel="dense")
+        job = Job(rank, world, "r")
+    with pytest.raises(
+        ValueError, match=r"embedding_bags\.a\.weight is sharded but .* compute_kernel='fused'"
+    ):
+        _checkpointer(folder).save(1, job.state, {})
+
+
+def test_sharded_table_with_a_dense_optimizer_is_refused_at_save(tmp_path: Path) -> None:
+    run_ranks(2, _local_state, tmp_path)

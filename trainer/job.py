@@ -1,0 +1,204 @@
+"""One training job from configuration to report: connect, build, resume, train, close."""
+
+import dataclasses
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tightrec.sharding.plan_table import plan_json, plan_text
+from tightrec.sharding.traffic import counted_traffic
+from tightrec.trainer.build import Built, build_task, open_sources
+from tightrec.trainer.checkpoint import Checkpointer
+from tightrec.trainer.checkpoint_files import latest_complete
+from tightrec.trainer.config import CHECKPOINTS, JobConfig, unused_settings, write_record
+from tightrec.trainer.control import Control, NotANumber, StopRequest, stop_on_signals
+from tightrec.trainer.data.loader import Loader
+from tightrec.trainer.data.shards import Position
+from tightrec.trainer.data.source import Source
+from tightrec.trainer.data.synthetic import SyntheticSource
+from tightrec.trainer.loop import Outcome, Progress, Trainer
+from tightrec.trainer.pipeline import build_pipeline
+from tightrec.trainer.ranks import Ranks, connected
+from tightrec.trainer.report.run_log import RunLog
+from tightrec.trainer.timing import StepProfiler
+
+
+def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -> int:
+    """Run the job on this rank; returns 0 when it finished or was stopped with its state saved.
+
+    Raises:
+        ValueError: a user's mistake that shows only while building.
+        NotANumber: the loss left the numbers.
+    """
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    torch.use_deterministic_algorithms(config.debug.deterministic)
+    with ExitStack() as stack:
+        ranks = stack.enter_context(connected(config.train.device, config.train.timeout_s))
+        folder, checkpoint = _folders(config, ranks)
+        stack.enter_context(_traced_failure(folder, ranks))
+        request = stack.enter_context(stop_on_signals())
+        if ranks.rank == 0:
+            write_record(folder, plain, overrides)
+        log = stack.enter_context(RunLog(folder, ranks.rank, config.logging))
+        for sentence in unused_settings(config, overrides):
+            log.warn(sentence)
+        if ranks.world == 1 and (config.codec.forward, config.codec.backward) != ("none", "none"):
+            log.warn("With one rank nothing is exchanged, so the codec changes nothing.")
+        sources = open_sources(config.data)
+        built = build_task(config, ranks, sources["train"].schema)
+        _describe(config, plain, ranks, folder, built, sources, log)
+        if config.debug.dry_run:
+            log.say("dry run: stopped before the first step")
+            return 0
+        outcome = _train(config, ranks, folder, checkpoint, built, sources, request, log)
+        _close(outcome, folder, sources, log)
+    return 0
+
+
+def _train(
+    config: JobConfig,
+    ranks: Ranks,
+    folder: Path,
+    checkpoint: Path | None,
+    built: Built,
+    sources: dict[str, Source],
+    request: StopRequest,
+    log: RunLog,
+) -> Outcome:
+    loaders = {split: _loader(config, source, split, ranks) for split, source in sources.items()}
+    checkpointer = Checkpointer(folder / CHECKPOINTS, config.train.checkpoint)
+    progress = Progress(step=0, position=loaders["train"].start(0))
+    if checkpoint is not None:
+        extra = checkpointer.load(checkpoint, {"model": built.task, "optimizer": built.optimizer})
+        progress = Progress(step=extra["step"], position=Position.from_dict(extra["position"]))
+        log.say(f"resumed after step {progress.step} from {checkpoint}")
+    with (
+        counted_traffic() as traffic,
+        torch.autograd.set_detect_anomaly(config.debug.detect_anomaly),
+    ):
+        trainer = Trainer(
+            config=config.train,
+            ranks=ranks,
+            task=built.task,
+            optimizer=built.optimizer,
+            pipeline=build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device),
+            learning_rate=built.learning_rate,
+            loaders=loaders,
+            control=Control(ranks.control, config.train.agree_every, request),
+            checkpointer=checkpointer,
+            traffic=traffic,
+            profiler=StepProfiler(config.logging.split_every, ranks.device),
+            log=log,
+        )
+        try:
+            return trainer.fit(progress)
+        finally:
+            checkpointer.close()
+
+
+def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Loader:
+    settings = dataclasses.replace(
+        config.data.loader,
+        seed=config.seed,
+        shuffle=config.data.loader.shuffle and split == "train",
+    )
+    return Loader(source, settings, ranks.rank, ranks.world, pin_memory=ranks.device.type == "cuda")
+
+
+def _folders(config: JobConfig, ranks: Ranks) -> tuple[Path, Path | None]:
+    """The run's folder, the same on every rank, and the checkpoint to resume from."""
+    if config.resume is None:
+        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+        folder = Path(ranks.from_first(config.run_folder or f"runs/{config.name}/{stamp}"))
+        if config.run_folder is not None:
+            newest = ranks.from_first(latest_complete(folder / CHECKPOINTS))
+            if newest is not None:
+                raise ValueError(
+                    f"run_folder={folder} already holds the checkpoint {newest.name}. Continue it with "
+                    f"resume={folder}, or give another folder."
+                )
+        return folder, None
+    given = Path(config.resume)
+    if given.parent.name == CHECKPOINTS:
+        return given.parent.parent, given
+    newest = ranks.from_first(latest_complete(given / CHECKPOINTS))
+    if newest is None:
+        raise ValueError(
+            f"resume={given}: there is no complete checkpoint in {given / CHECKPOINTS}. Start the job "
+            "afresh, without resume."
+        )
+    return given, newest
+
+
+def _describe(
+    config: JobConfig,
+    plain: Mapping[str, Any],
+    ranks: Ranks,
+    folder: Path,
+    built: Built,
+    sources: dict[str, Source],
+    log: RunLog,
+) -> None:
+    parameters = sum(p.numel() for p in built.task.parameters())
+    rows = {split: sum(source.row_counts) for split, source in sources.items()}
+    log.describe(
+        config=plain,
+        world=ranks.world,
+        device=str(ranks.device),
+        plan=plan_json(built.plan),
+        rows=rows,
+        parameters_rank0=parameters,
+    )
+    counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
+    log.say(f"run folder {folder}")
+    log.say(
+        f"{ranks.world} rank(s) on {ranks.device.type}; codec {config.codec.forward} forward, "
+        f"{config.codec.backward} backward; rows: {counts}"
+    )
+    log.say(plan_text(built.plan))
+    replicated = [row.table for row in built.plan if row.type == "data_parallel"]
+    if replicated:
+        log.warn(
+            f"{len(replicated)} data-parallel table(s) ({', '.join(replicated[:3])}"
+            f"{', ...' if len(replicated) > 3 else ''}) are trained by optimizer.dense, not optimizer.tables, "
+            "and are not exchanged."
+        )
+
+
+def _close(outcome: Outcome, folder: Path, sources: dict[str, Source], log: RunLog) -> None:
+    best: dict[str, float] = {}
+    for split, source in sources.items():
+        if isinstance(source, SyntheticSource) and split in outcome.scores:
+            best[split] = source.bayes_auc()
+    steps = max(1, outcome.steps)
+    log.finish(
+        status=outcome.status,
+        scores={split: dataclasses.asdict(scores) for split, scores in outcome.scores.items()},
+        bayes_auc=best,
+        steps=outcome.steps,
+        rows_per_s=outcome.rows / outcome.seconds if outcome.seconds else None,
+        bytes_per_step={purpose: count / steps for purpose, count in outcome.sent_bytes.items()},
+        checkpoint=str(latest_complete(folder / CHECKPOINTS) or ""),
+    )
+
+
+@contextmanager
+def _traced_failure(folder: Path, ranks: Ranks) -> Iterator[None]:
+    """Keep the traceback of a failure in the run folder; the console gets the sentence."""
+    try:
+        yield
+    except (ValueError, NotANumber):
+        folder.mkdir(parents=True, exist_ok=True)
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        with (folder / f"error-rank{ranks.rank}.log").open("a") as file:
+            file.write(f"{stamp}\n{traceback.format_exc()}\n")
+        print(f"(traceback in {folder}/error-rank{ranks.rank}.log)", file=sys.stderr)
+        raise
