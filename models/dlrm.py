@@ -80,6 +80,8 @@ class DLRM(nn.Module):
         super().__init__()
         names = [name for table in tables.embedding_bag_configs() for name in table.feature_names]
         vectors = len(names) + (1 if dense_features else 0)
+        # Known here rather than asked of a tensor, which is a proxy while torchrec traces the forward.
+        self.device_type = device.type if device else "cpu"
         self.autocast_bf16 = config.dense_precision == "bf16"
         self.sparse_arch = _SparseArch(tables, names, config.embedding_dim)
         self.dense_arch: nn.Module | None = None
@@ -103,7 +105,7 @@ class DLRM(nn.Module):
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
         embedded = self.sparse_arch(sparse)
-        with torch.autocast(dense.device.type, torch.bfloat16, enabled=self.autocast_bf16):
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
             bottom = None if self.dense_arch is None else self.dense_arch(dense)
             logits = self.over_arch(self.inter_arch(bottom, embedded))
         return logits.float().squeeze(-1)

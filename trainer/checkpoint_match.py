@@ -96,7 +96,9 @@ def _conversion(name: str, metadata: Metadata, stored: Shapes, wanted: Shapes) -
 def mismatches(stored: Shapes, wanted: Shapes, converted: Mapping[str, Conversion]) -> list[str]:
     """Sentences on what the checkpoint lacks, has too much, or has in another shape."""
     bases = tuple(m["base"] for m in map(_TABLE_STATE.match, converted) if m)
-    names = sorted({*stored, *wanted}, key=lambda name: (".state." in name, name))
+    names = sorted(
+        {*stored, *wanted}, key=lambda name: (".state." in name, "embedding_bags." not in name, name)
+    )
     told: dict[str, str] = {}
     for name in names:
         match = _TABLE_STATE.match(name)

@@ -125,11 +125,12 @@ def test_state_of_tables_that_become_or_were_data_parallel_is_converted(tmp_path
     saved = run_ranks(2, _save, tmp_path, "dtt")
     loaded = [(*one[0],) for one in run_ranks(2, _load, tmp_path, ["tdc"])]
     assert _close(saved[0][0], loaded[0][0])
-    values = saved[0][2]["optimizer.state.sparse_arch.embedding_bag_collection.embedding_bags.a.weight.sum"]
+    bags = "optimizer.state.sparse_arch.embedding_bag_collection.embedding_bags"
+    values = saved[0][2][f"{bags}.a.weight.sum"]
     torch.testing.assert_close(_accumulator(loaded, "a", "a.momentum1"), values.mean(1))
     per_row = _accumulator(saved, "b", "b.momentum1")
     torch.testing.assert_close(_accumulator(loaded[:1], "b", "sum"), per_row[:, None].expand(-1, DIM))
-    assert _accumulator(loaded[:1], "b", "step") == 3
+    assert loaded[0][2][f"{bags}.b.weight.step"] == 3
     torch.testing.assert_close(
         _accumulator(loaded, "c", "c.momentum1"), _accumulator(saved, "c", "c.momentum1").repeat(2)
     )
@@ -249,7 +250,7 @@ def _load_newest(rank: int, world: int, folder: Path) -> int:
     job = Job(rank, world, "r")
     saver = _checkpointer(folder)
     saver.load(newest, job.state)
-    assert all(path.suffix == "" for path in folder.iterdir())
+    assert rank > 0 or all(path.suffix == "" for path in folder.iterdir())
     saver.save(20_000, job.state, {}, wait=True)
     return files.step_of(newest)
 

@@ -20,11 +20,11 @@ class _Group(NamedTuple):
     """Where a row group lies."""
 
     path: Path
-    index: int
+    number: int
     rows: int
 
     def __str__(self) -> str:
-        return f"{self.path}, row group {self.index}"
+        return f"{self.path}, row group {self.number}"
 
 
 class ParquetSource:
@@ -71,7 +71,7 @@ class ParquetSource:
             pq.ParquetFile(where.path, page_checksum_verification=True) as file,
         ):
             # Ranks and loader workers already read side by side, each on a core of its own.
-            table = file.read_row_group(where.index, columns=names, use_threads=False)
+            table = file.read_row_group(where.number, columns=names, use_threads=False)
         if table.num_rows != where.rows:
             raise ValueError(f"{where.path} changed while it was being read. Start the job again.")
         dense = np.empty((where.rows, len(schema.dense)), np.float32)

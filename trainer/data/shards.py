@@ -13,7 +13,7 @@ import dataclasses
 import hashlib
 import heapq
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,6 +103,25 @@ class Order:
             np.random.default_rng([self.seed, _ROWS, epoch, segment.chunk]).shuffle(places)
         return places[segment.start : segment.stop]
 
+    def require_same(self, here: "Order") -> None:
+        """Refuse to go on from a position in this order where the order is ``here`` by the settings.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        for name in ("shuffle", "seed", "shuffle_groups"):
+            then, now = getattr(self, name), getattr(here, name)
+            if then != now:
+                raise ValueError(
+                    f"the checkpoint stands in an epoch read with data.loader.{name}={then}, but it is "
+                    f"{now} here: which rows are left cannot be told. Set it back, or start a new run."
+                )
+        if self.data != here.data:
+            raise ValueError(
+                "the checkpoint stands in an epoch of other data (row counts, columns or their preparation "
+                "differ): which rows are left cannot be told. Point data at the former, or start a new run."
+            )
+
 
 def fingerprint(source: Source) -> str:
     """Hexadecimal digest of what rows and columns a source has, cheap to compute."""
@@ -155,11 +174,6 @@ class Position:
         return from_mapping(Position, values, "position in the data")
 
 
-def whole_epoch(chunk_rows: Sequence[int]) -> list[Segment]:
-    """All rows of an epoch whose chunks have ``chunk_rows`` rows."""
-    return [Segment(chunk, 0, rows) for chunk, rows in enumerate(chunk_rows)]
-
-
 def deal(segments: Sequence[Segment], topology: Topology) -> dict[tuple[int, int], list[Segment]]:
     """Share segments among the streams of ``topology``: every row once, every stream its exact number.
 
@@ -197,25 +211,22 @@ def skip(segments: Sequence[Segment], rows: int) -> list[Segment]:
     return left
 
 
-def left_of_stream(
-    segments: Sequence[Segment], topology: Topology, consumed: int, rank: int, worker: int
-) -> list[Segment]:
-    """What worker ``worker`` of ``rank`` still has to read once its rank has taken ``consumed`` batches."""
-    taken = len(range(worker, consumed, topology.workers))
-    return skip(deal(segments, topology)[rank, worker], taken * topology.batch_size)
-
-
-def remaining(segments: Sequence[Segment], topology: Topology, consumed: Sequence[int]) -> list[Segment]:
-    """All rows of a phase that no rank has taken, in order and with touching segments joined."""
-    left = sorted(
-        segment
+def left(
+    segments: Sequence[Segment], topology: Topology, consumed: Sequence[int]
+) -> dict[tuple[int, int], list[Segment]]:
+    """What every (rank, worker) still has to read once each rank has ``consumed`` so many batches."""
+    return {
+        (rank, worker): skip(own, len(range(worker, consumed[rank], topology.workers)) * topology.batch_size)
         for (rank, worker), own in deal(segments, topology).items()
-        for segment in skip(own, len(range(worker, consumed[rank], topology.workers)) * topology.batch_size)
-    )
-    joined: list[Segment] = []
-    for segment in left:
-        if joined and (joined[-1].chunk, joined[-1].stop) == (segment.chunk, segment.start):
-            joined[-1] = joined[-1]._replace(stop=segment.stop)
+    }
+
+
+def joined(segments: Iterable[Segment]) -> list[Segment]:
+    """The same rows in as few segments as possible, in the epoch's order."""
+    result: list[Segment] = []
+    for segment in sorted(segments):
+        if result and (result[-1].chunk, result[-1].stop) == (segment.chunk, segment.start):
+            result[-1] = result[-1]._replace(stop=segment.stop)
         else:
-            joined.append(segment)
-    return joined
+            result.append(segment)
+    return result

@@ -41,7 +41,7 @@ class SyntheticConfig:
     """The planted model and the size of its splits."""
 
     preset: Literal["small", "kaggle", "terabyte"] = "small"
-    """Cardinalities of 26 sparse columns: Criteo's Kaggle or Terabyte; ``small``: Kaggle's, at most 10,000."""
+    """Cardinalities of 26 sparse columns: Criteo's Kaggle or Terabyte; ``small``: Kaggle's up to 10,000."""
 
     max_cardinality: int | None = None
     """Cap on every cardinality; None: as in the preset. (MLPerf caps Terabyte at 40,000,000.)"""
@@ -199,7 +199,8 @@ class _Planted:
         random = np.random.default_rng([config.seed, len(SPLITS)])
         self._salts = random.integers(2**63, size=(2, columns), dtype=np.uint64)
         weights = random.normal(size=config.dense)
-        self._dense_weights: Floats = (weights / max(1e-9, np.linalg.norm(weights))).astype(np.float32)
+        length = math.sqrt(float(weights @ weights)) or 1.0
+        self._dense_weights: Floats = (weights / length).astype(np.float32)
         shuffled = random.permutation(columns)
         self._pairs = list(zip(shuffled[0:8:2].tolist(), shuffled[1:8:2].tolist(), strict=True))
         # Odds whose average over normal logits of this strength is the wanted rate (probit approximation).

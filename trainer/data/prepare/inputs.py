@@ -1,0 +1,230 @@
+"""Which files a ``src`` names, and their text in blocks of whole lines, decompressed on the way."""
+
+import gzip
+import lzma
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import BufferedReader
+from pathlib import Path
+from typing import IO
+
+WINDOW_BYTES = 4 << 20
+"""Text read at a time where a data set fits in memory."""
+
+LINE_BYTES = 4 << 10
+"""What is kept of a line longer than a piece, so that a file without line ends fits in memory."""
+
+ENDINGS = ("", ".gz", ".xz")
+"""How a file may be compressed; told apart by its first bytes, whatever its name."""
+
+_DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
+_OPENERS = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Position:
+    """A place between two lines of a sequence of files."""
+
+    file: int = 0
+    """Index of the file."""
+
+    offset: int = 0
+    """Bytes of (decompressed) text before it in the file."""
+
+    line: int = 0
+    """Lines before it in the file."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Consecutive whole lines of one file: what is read, journalled and continued as a unit."""
+
+    index: int
+    """Its number in the sequence of all files' pieces."""
+
+    start: Position
+    """Where it starts."""
+
+    end: Position
+    """Where the next one starts."""
+
+    data: bytes
+    """The text; the last line has an end too."""
+
+    problem: str
+    """Why nothing can be read from the file behind this piece, in words; empty where nothing is wrong."""
+
+    read_bytes: int
+    """Bytes of the input files, as they lie on the disk, read up to its end."""
+
+    @property
+    def lines(self) -> int:
+        """Number of lines."""
+        return self.end.line - self.start.line
+
+
+def resolve(src: str, patterns: Sequence[str]) -> list[Path]:
+    """The files that ``src`` names: comma-separated files, globs, and folders searched by ``patterns``.
+
+    Files found by a glob or in a folder are sorted with numbers by value (day_2 before day_10).
+
+    Raises:
+        ValueError: a part that names nothing, or a file named twice.
+    """
+    files: list[Path] = []
+    for part in src.split(","):
+        path = Path(part.strip()).expanduser()
+        if path.is_file():
+            files.append(path)
+            continue
+        if path.is_dir():
+            names = [pattern + ending for pattern in patterns for ending in ENDINGS]
+            found = {file for name in names for file in path.glob(name)}
+            missing = f"the folder {path} holds no file named like {', '.join(patterns)} (plain, .gz or .xz)"
+        else:
+            parent = Path(path.anchor) if path.is_absolute() else Path()
+            pattern = str(path.relative_to(parent))
+            found = set(parent.glob(pattern)) if re.search(r"[*?\[]", part) else set()
+            missing = f"there is no file, folder or match for {str(path)!r}"
+        chosen = sorted((file for file in found if file.is_file()), key=_natural)
+        if not chosen:
+            raise ValueError(f"src: {missing}. Name the input files, their folder, or a glob in quotes.")
+        files += chosen
+    twice = {str(file) for file in files if files.count(file) > 1}
+    if twice:
+        raise ValueError(f"src names {', '.join(sorted(twice))} more than once. Name each file once.")
+    return files
+
+
+def find(src: str, *names: str) -> Path:
+    """The one file in the folder ``src`` that has one of ``names``, plain, .gz or .xz.
+
+    Raises:
+        ValueError: the folder or the file is missing.
+    """
+    folder = Path(src).expanduser()
+    if not folder.is_dir():
+        raise ValueError(f"src={src} is not a folder. Name the folder that holds {' or '.join(names)}.")
+    for name in names:
+        for ending in ENDINGS:
+            if (path := folder / (name + ending)).is_file():
+                return path
+    raise ValueError(f"src={src} holds no {' or '.join(names)} (plain, .gz or .xz). Name its folder.")
+
+
+def identity(files: Sequence[Path]) -> list[list[str | int]]:
+    """Name, size and time of change of each file: what a continued run must find again."""
+    return [[str(file), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+
+def pieces(files: Sequence[Path], piece_bytes: int, done: int, start: Position) -> Iterator[Piece]:
+    """Cut ``files`` into pieces of at most ``piece_bytes`` of text, from ``start`` after ``done`` pieces.
+
+    A piece holds as many whole lines as fit, so that where the cuts fall depends on nothing but the files
+    and ``piece_bytes``. A compressed file is decompressed from its beginning to reach a place within it.
+
+    Raises:
+        ValueError: a file cannot be opened or read.
+    """
+    before_bytes = sum(file.stat().st_size for file in files[: start.file])
+    for at, path in enumerate(files[start.file :], start.file):
+        with _opened(path) as (raw, text):
+            if text is raw:
+                raw.seek(start.offset)
+            else:
+                _skip(text, start.offset)
+            for data, taken, problem in _windows(text, piece_bytes):
+                count = data.count(b"\n")
+                end = Position(file=at, offset=start.offset + taken, line=start.line + count)
+                if not end.offset:
+                    problem = problem or "the file is empty"
+                if count or problem:
+                    read = before_bytes + raw.tell()
+                    yield Piece(index=done, start=start, end=end, data=data, problem=problem, read_bytes=read)
+                    done += 1
+                start = end
+        before_bytes += path.stat().st_size
+        start = Position(file=at + 1)
+
+
+def lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Number, from 1, and text of each line, without its end (LF or CR LF).
+
+    Raises:
+        ValueError: the file cannot be read, is empty or damaged.
+    """
+    for piece in pieces([path], WINDOW_BYTES, 0, Position()):
+        if piece.problem:
+            raise ValueError(f"{path}, line {piece.end.line + 1}: {piece.problem}. Fetch the file again.")
+        for number, line in enumerate(piece.data[:-1].split(b"\n"), piece.start.line + 1):
+            yield number, line.removesuffix(b"\r")
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[BufferedReader, IO[bytes]]]:
+    """The file as it lies on the disk, and its text."""
+    try:
+        with path.open("rb") as raw:
+            magic = raw.peek(6)
+            opener = next((opener for start, opener in _OPENERS if magic.startswith(start)), None)
+            yield raw, opener(raw) if opener else raw
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read ({error.strerror or error}). Check the file.") from None
+
+
+def _windows(text: IO[bytes], size: int) -> Iterator[tuple[bytes, int, str]]:
+    """The whole lines within the next ``size`` bytes, the bytes they took, and what ended the text early."""
+    rest, ended, problem = b"", False, ""
+    while not ended:
+        more, ended, problem = _read(text, size - len(rest))
+        data = rest + more
+        cut = data.rfind(b"\n") + 1
+        if ended and not problem:
+            rest = b""
+            yield (data if cut == len(data) else data + b"\n"), len(data), ""
+        elif cut or ended:
+            rest = data[cut:]
+            yield data[:cut], cut, problem
+        else:
+            passed, rest, ended, problem = _pass_line(text, size)
+            yield data[:LINE_BYTES] + b"\n", len(data) + passed, problem
+
+
+def _read(text: IO[bytes], size: int) -> tuple[bytes, bool, str]:
+    """The next ``size`` bytes, or those before the text's end or damage; whether it ended, and the damage."""
+    found: list[bytes] = []
+    while size:
+        # read1, because read() loses what it has in hand when it meets the damage.
+        try:
+            some = text.read1(size)  # type: ignore[attr-defined]
+        except _DAMAGE as error:
+            return b"".join(found), True, f"the compressed file is damaged or cut short ({error})"
+        if not some:
+            return b"".join(found), True, ""
+        found.append(some)
+        size -= len(some)
+    return b"".join(found), False, ""
+
+
+def _pass_line(text: IO[bytes], size: int) -> tuple[int, bytes, bool, str]:
+    """Read past the end of an overlong line: the bytes passed, those behind it, and how the text ended."""
+    passed, ended = 0, False
+    while not ended:
+        more, ended, problem = _read(text, size)
+        line_end = more.find(b"\n") + 1
+        if line_end:
+            return passed + line_end, more[line_end:], ended, problem
+        passed += len(more)
+    return passed, b"", True, problem
+
+
+def _skip(text: IO[bytes], size: int) -> None:
+    while size:
+        size -= len(text.read(min(size, WINDOW_BYTES)))
+
+
+def _natural(path: Path) -> list[str | int]:
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", str(path))]

@@ -1,0 +1,117 @@
+"""Lines that cannot be used: an error that names them, or a count and a sample of them."""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from tightrec.trainer.data.prepare.work import write_text
+
+ErrorMode = Literal["strict", "tolerant"]
+
+REJECTS_FILE = "rejects.jsonl"
+ENOUGH_LINES = 1_000
+"""Lines to be seen before the share of bad ones among them says anything."""
+
+SAMPLES_PER_KIND = 10
+"""Bad lines of one kind that one part contributes to the rejects file."""
+
+_SHOWN_CHARACTERS = 120
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reject:
+    """One line that cannot be used."""
+
+    file: str
+    """Its file."""
+
+    line: int
+    """Its number in the file, from 1; 0 for the file as a whole."""
+
+    kind: str
+    """What sort of mistake it is."""
+
+    reason: str
+    """The mistake in words."""
+
+    value: str
+    """The offending field, or the start of the line, with what is not ASCII escaped."""
+
+    @classmethod
+    def of(cls, file: str, line: int, kind: str, reason: str, value: bytes) -> "Reject":
+        """Make one from the raw bytes of the offending value."""
+        text = value[:_SHOWN_CHARACTERS].decode("ascii", "backslashreplace")
+        return cls(file=file, line=line, kind=kind, reason=reason, value=text)
+
+    def __str__(self) -> str:
+        place = f"{self.file}, line {self.line}" if self.line else self.file
+        return f"{place}: {self.reason}" + (f": {self.value!r}" if self.value else "")
+
+
+class Tally:
+    """The lines seen so far, the bad ones by kind, and a sample of these.
+
+    Raises:
+        ValueError: from :meth:`add` in strict mode at the first bad line; in tolerant mode, from
+            :meth:`add` and :meth:`close`, where bad lines exceed their allowed share.
+    """
+
+    def __init__(self, errors: ErrorMode, max_bad_share: float) -> None:
+        self.errors = errors
+        self.max_bad_share = max_bad_share
+        self.lines = 0
+        self.bad: Counter[str] = Counter()
+        self.samples: list[Reject] = []
+
+    def add(self, lines: int, rejects: Iterable[Reject]) -> dict[str, Any]:
+        """Take in the next ``lines`` lines and what was wrong in them; returns it as a journal entry."""
+        kinds: Counter[str] = Counter()
+        samples = []
+        for reject in rejects:
+            if self.errors == "strict":
+                raise ValueError(
+                    f"{reject}. Correct it, or give errors=tolerant to count and pass over such lines."
+                )
+            kinds[reject.kind] += 1
+            if kinds[reject.kind] <= SAMPLES_PER_KIND:
+                samples.append(asdict(reject))
+        entry = {"lines": lines, "bad": dict(kinds), "samples": samples}
+        self.restore(entry)
+        self._check(ENOUGH_LINES)
+        return entry
+
+    def restore(self, entry: Mapping[str, Any]) -> None:
+        """Take in what :meth:`add` returned in an earlier run."""
+        self.lines += entry["lines"]
+        self.bad.update(entry["bad"])
+        self.samples += [Reject(**sample) for sample in entry["samples"]]
+
+    def close(self) -> None:
+        """Check the share of bad lines in all of the input."""
+        self._check(1)
+
+    def save(self, folder: Path) -> None:
+        """Write the sample to ``rejects.jsonl``, where there is any."""
+        if self.samples:
+            write_text(
+                folder / REJECTS_FILE, "".join(json.dumps(asdict(each)) + "\n" for each in self.samples)
+            )
+
+    def summary(self) -> str:
+        """One sentence on the bad lines."""
+        if not self.bad:
+            return f"{self.lines:,} lines read, none bad"
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.bad.items()))
+        return f"{self.lines:,} lines read, {self.bad.total():,} bad ({kinds}); samples in {REJECTS_FILE}"
+
+    def _check(self, enough: int) -> None:
+        bad = self.bad.total()
+        if self.lines >= enough and bad > self.max_bad_share * self.lines:
+            raise ValueError(
+                f"{bad:,} of {self.lines:,} lines are bad, more than max_bad_share={self.max_bad_share} "
+                f"allows. The last: {self.samples[-1]}. Check that this is the right file, or raise "
+                "max_bad_share."
+            )
