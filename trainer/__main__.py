@@ -6,17 +6,19 @@ the composed configuration, both without starting anything.
 
 import os
 import sys
+import time
 
 from tightrec.trainer.versions import require_versions
+
+FINISHED, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130
 
 
 def main(words: list[str]) -> int:
     """Parse, build, run and close; returns the exit status.
 
-    0: finished, or stopped by SIGTERM with its state saved. 1: failed. 2: a user's mistake, told in a
-    sentence. 130: interrupted.
+    0: finished, or stopped by a signal with its state saved. 1: failed. 2: a user's mistake, told in a
+    sentence. 130: interrupted at once by a second Ctrl-C.
     """
-    first = os.environ.get("RANK", "0") == "0"
     try:
         require_versions()
         # Deferred so that a mismatched torch, torchrec and fbgemm are told in words by the line above
@@ -24,33 +26,49 @@ def main(words: list[str]) -> int:
         from tightrec.trainer import config, help_text
 
         if "--help" in words or "-h" in words:
-            print(help_text.text())
-            return 0
-        show = "--cfg" in words
+            _print_once(help_text.text())
+            return FINISHED
         overrides = [word for word in words if word not in ("--cfg", "job")]
         job, plain = config.load(overrides)
-        if show:
-            print(config.yaml(plain))
-            return 0
+        if "--cfg" in words:
+            _print_once(config.yaml(plain))
+            return FINISHED
     except ValueError as error:
-        # The same words on every rank: one copy is enough.
-        if first:
-            print(f"error: {error}", file=sys.stderr)
-        return 2
+        # The same words on every rank, so one rank a machine prints them. torchrun ends the other ranks as
+        # soon as one has failed: they give the words time to get out.
+        if _local_rank() == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(5)
+        return MISTAKEN
     from tightrec.trainer.job import run
 
     try:
         return run(job, plain, overrides)
-    except ValueError as error:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
-        return 2
-    except ArithmeticError as error:
-        print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr)
-        return 1
+    except (ValueError, ArithmeticError) as error:
+        _tell(error)
+        return FAILED if isinstance(error, ArithmeticError) else MISTAKEN
     except KeyboardInterrupt:
-        if first:
-            print("interrupted; resume=RUN_FOLDER goes on from the last checkpoint", file=sys.stderr)
-        return 130
+        print("interrupted; resume=RUN_FOLDER goes on from the last checkpoint", file=sys.stderr, flush=True)
+        return INTERRUPTED
+
+
+def _tell(error: Exception) -> None:
+    """Print the words, and hand them to torchrun, whose closing summary shows them again."""
+    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
+    print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
+    if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        get_error_handler().record_exception(error)
+
+
+def _print_once(text: str) -> None:
+    if _local_rank() == 0:
+        print(text)
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
 
 
 if __name__ == "__main__":

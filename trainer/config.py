@@ -4,6 +4,7 @@ The groups of ``conf/`` fill the dataclasses below, one field a group. Unknown s
 errors (:mod:`tightrec.trainer.settings`); what is set but not used is named by :func:`unused_settings`.
 """
 
+import dataclasses
 import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,6 +30,7 @@ from tightrec.trainer.settings import from_mapping, keys_of
 
 CONF_MODULE = "tightrec.conf"
 ROOT = "config"
+DEFAULTS = "defaults_of_the_dataclasses"
 CHECKPOINTS = "checkpoints"
 """Folder below a run's folder."""
 
@@ -180,6 +183,8 @@ def load(overrides: Sequence[str]) -> tuple[JobConfig, dict[str, Any]]:
         ValueError: whatever is wrong with the words, in a sentence.
     """
     overrides = [*_recorded_overrides(overrides), *overrides]
+    # Hydra accepts only keys that it knows: the dataclasses' own defaults, under the files of conf/.
+    ConfigStore.instance().store(name=DEFAULTS, node=dataclasses.asdict(JobConfig()))
     try:
         with initialize_config_module(config_module=CONF_MODULE, version_base="1.3"):
             composed = compose(config_name=ROOT, overrides=overrides)

@@ -24,6 +24,7 @@ from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.source import Source
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.loop import Outcome, Progress, Trainer
+from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import build_pipeline
 from tightrec.trainer.ranks import Ranks, connected
 from tightrec.trainer.report.run_log import RunLog
@@ -37,6 +38,7 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
         ValueError: a user's mistake that shows only while building.
         NotANumber: the loss left the numbers.
     """
+    hush()
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     torch.use_deterministic_algorithms(config.debug.deterministic)

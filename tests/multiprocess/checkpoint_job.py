@@ -25,7 +25,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tightrec.trainer.checkpoint_state import leaves_of
 
-ROWS = {"a": 12, "b": 10, "c": 15}
+ROWS = {"a": 12, "b": 10, "c": 3}
 DIM = 8
 BATCH = 8
 DENSE = 4

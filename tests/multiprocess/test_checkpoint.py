@@ -301,7 +301,7 @@ def test_another_model_or_optimizer_is_refused_by_table_with_both_shapes_before_
     expected = [
         ["table 'b' is 10 x 8 in the checkpoint and 11 x 8 in this job"],
         [f"table '{name}' is {rows} x 8 in the checkpoint and {rows} x 16 in" for name, rows in ROWS.items()],
-        ["table 'c' (15 x 8) is in the checkpoint but not in this job"],
+        ["table 'c' (3 x 8) is in the checkpoint but not in this job"],
         ["table 'new' (4 x 8) is not in the checkpoint"],
         ["optimizer state 'momentum1' of table 'a' is 12 in the checkpoint and 12 x 8 in this job"],
         ["optimizer state 'momentum1' of table 'a' (12) is in the checkpoint but not in this job"],

@@ -177,20 +177,19 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, IO[bytes]]]:
 
 def _windows(text: IO[bytes], size: int) -> Iterator[tuple[bytes, int, str]]:
     """The whole lines within the next ``size`` bytes, the bytes they took, and what ended the text early."""
-    rest, ended, problem = b"", False, ""
+    rest, dropped, ended = b"", 0, False
     while not ended:
         more, ended, problem = _read(text, size - len(rest))
         data = rest + more
-        cut = data.rfind(b"\n") + 1
-        if ended and not problem:
-            rest = b""
-            yield (data if cut == len(data) else data + b"\n"), len(data), ""
-        elif cut or ended:
-            rest = data[cut:]
-            yield data[:cut], cut, problem
+        cut = len(data) if ended and not problem else data.rfind(b"\n") + 1
+        if cut or ended:
+            whole, rest = data[:cut], data[cut:]
+            yield whole if whole.endswith(b"\n") or not whole else whole + b"\n", dropped + cut, problem
+            dropped = 0
         else:
-            passed, rest, ended, problem = _pass_line(text, size)
-            yield data[:LINE_BYTES] + b"\n", len(data) + passed, problem
+            # One line longer than a window: its head stands for it, and any parser refuses it.
+            rest = data[: min(LINE_BYTES, size // 2)]
+            dropped += len(data) - len(rest)
 
 
 def _read(text: IO[bytes], size: int) -> tuple[bytes, bool, str]:
@@ -207,18 +206,6 @@ def _read(text: IO[bytes], size: int) -> tuple[bytes, bool, str]:
         found.append(some)
         size -= len(some)
     return b"".join(found), False, ""
-
-
-def _pass_line(text: IO[bytes], size: int) -> tuple[int, bytes, bool, str]:
-    """Read past the end of an overlong line: the bytes passed, those behind it, and how the text ended."""
-    passed, ended = 0, False
-    while not ended:
-        more, ended, problem = _read(text, size)
-        line_end = more.find(b"\n") + 1
-        if line_end:
-            return passed + line_end, more[line_end:], ended, problem
-        passed += len(more)
-    return passed, b"", True, problem
 
 
 def _skip(text: IO[bytes], size: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from tightrec.trainer.data.prepare.rejects import Reject
+from tightrec.trainer.data.prepare.rejects import Faults, Reject
 
 INTEGERS, CATEGORIES = 13, 26
 COLUMNS = 1 + INTEGERS + CATEGORIES
@@ -20,6 +20,9 @@ _COLUMN_COUNT, _LABEL, _INTEGER, _CATEGORY = 1, 2, 3, 4
 _TAB, _NEWLINE, _RETURN, _MINUS, _ZERO, _ONE = 9, 10, 13, 45, 48, 49
 _INTEGER_DIGITS = 18
 """Most digits that surely fit 64 bits."""
+
+_SHORTEST_LINE_BYTES = COLUMNS + 1
+"""A label, the tabs and the line end, with all else blank."""
 
 _LOGS = np.log1p(np.arange(4096)).astype(np.float32)
 """log(x + 1) of the integers that make up nearly all of the data."""
@@ -55,34 +58,40 @@ class Rows:
     """[R], line number within the file, from 1."""
 
 
-def parse(blocks: list[bytes], lines: int, file: str, first_line: int) -> tuple[Rows, list[Reject]]:
-    """Parse ``lines`` lines held by ``blocks`` of whole lines; the first of them is ``first_line``.
+def parse(data: bytes, file: str, first_line: int) -> tuple[Rows, Faults]:
+    """Parse ``data``, whole lines of ``file`` of which the first has the number ``first_line``.
 
     A line may end in CR LF. An integer is a decimal number of up to 18 digits, possibly negative, or
-    blank; a category is 1 to 8 hex digits or blank.
+    blank; a category is 1 to 8 hex digits, or blank.
     """
+    most = min(data.count(b"\n"), len(data) // _SHORTEST_LINE_BYTES)
     # The columns of a power-of-two length would all fall on the same few cache lines: hence the odd tail.
-    stride = lines + 331
-    label = np.empty(stride, dtype=np.float32)
-    dense = np.empty((INTEGERS, stride), dtype=np.float32)
-    ids = np.empty((CATEGORIES, stride), dtype=np.uint32)
-    missing = np.empty(stride, dtype=np.uint32)
-    line = np.empty(stride, dtype=np.int64)
-    rejects: list[Reject] = []
-    rows, at = 0, first_line
-    for block in blocks:
-        data = np.frombuffer(block, dtype=np.uint8)
-        faults = np.empty((16, 4), dtype=np.int64)
-        start = 0
-        while start < len(data):
-            rows, at, start, count = _parse(
-                data, start, rows, at, label, dense, ids, missing, line, faults, _HEX, _LOGS
-            )
-            rejects += [_reject(file, block, *fault) for fault in faults[:count].tolist()]
-    assert at == first_line + lines, (at, first_line, lines)
-    return Rows(
-        label=label[:rows], dense=dense[:, :rows], ids=ids[:, :rows], missing=missing[:rows], line=line[:rows]
-    ), rejects
+    stride = most + 331
+    rows = Rows(
+        label=np.empty(stride, dtype=np.float32),
+        dense=np.empty((INTEGERS, stride), dtype=np.float32),
+        ids=np.empty((CATEGORIES, stride), dtype=np.uint32),
+        missing=np.empty(stride, dtype=np.uint32),
+        line=np.empty(stride, dtype=np.int64),
+    )
+    text = np.frombuffer(data, dtype=np.uint8)
+    found = np.empty((64, 4), dtype=np.int64)
+    faults = Faults()
+    row, line, start = 0, first_line, 0
+    while start < len(data):
+        row, line, start, count = _parse(
+            text, start, row, line, rows.label, rows.dense, rows.ids, rows.missing, rows.line, found, _HEX, _LOGS
+        )
+        for fault in found[:count].tolist():
+            faults.add(_reject(file, data, *fault))
+    good = Rows(
+        label=rows.label[:row],
+        dense=rows.dense[:, :row],
+        ids=rows.ids[:, :row],
+        missing=rows.missing[:row],
+        line=rows.line[:row],
+    )
+    return good, faults
 
 
 @njit(nogil=True, cache=True, boundscheck=False)

@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -51,6 +51,20 @@ class Reject:
         return f"{place}: {self.reason}" + (f": {self.value!r}" if self.value else "")
 
 
+class Faults:
+    """What is wrong in some consecutive lines: counts by kind, and the first few of each kind."""
+
+    def __init__(self) -> None:
+        self.kinds: Counter[str] = Counter()
+        self.samples: list[Reject] = []
+
+    def add(self, reject: Reject) -> None:
+        """Count one bad line, in the order of the lines."""
+        self.kinds[reject.kind] += 1
+        if self.kinds[reject.kind] <= SAMPLES_PER_KIND:
+            self.samples.append(reject)
+
+
 class Tally:
     """The lines seen so far, the bad ones by kind, and a sample of these.
 
@@ -66,19 +80,14 @@ class Tally:
         self.bad: Counter[str] = Counter()
         self.samples: list[Reject] = []
 
-    def add(self, lines: int, rejects: Iterable[Reject]) -> dict[str, Any]:
+    def add(self, lines: int, faults: Faults) -> dict[str, Any]:
         """Take in the next ``lines`` lines and what was wrong in them; returns it as a journal entry."""
-        kinds: Counter[str] = Counter()
-        samples = []
-        for reject in rejects:
-            if self.errors == "strict":
-                raise ValueError(
-                    f"{reject}. Correct it, or give errors=tolerant to count and pass over such lines."
-                )
-            kinds[reject.kind] += 1
-            if kinds[reject.kind] <= SAMPLES_PER_KIND:
-                samples.append(asdict(reject))
-        entry = {"lines": lines, "bad": dict(kinds), "samples": samples}
+        if faults.samples and self.errors == "strict":
+            raise ValueError(
+                f"{faults.samples[0]}. Correct it, or give errors=tolerant to count and pass over such lines."
+            )
+        samples = [asdict(sample) for sample in faults.samples]
+        entry = {"lines": lines, "bad": dict(faults.kinds), "samples": samples}
         self.restore(entry)
         self._check(ENOUGH_LINES)
         return entry
