@@ -138,7 +138,11 @@ class Checkpointer:
             raise RuntimeError(failure)
 
     def close(self) -> None:
-        """Finish: same as :meth:`wait`."""
+        """Wait for the last save; call it before process groups are destroyed.
+
+        Raises:
+            RuntimeError: that save failed.
+        """
         self.wait()
 
     def load(self, path: Path, state: Mapping[str, Stateful]) -> dict[str, Any]:

@@ -128,6 +128,10 @@ class DebugConfig:
     deterministic: bool = False
     """torch.use_deterministic_algorithms: errors where an operator has no deterministic form."""
 
+    def __post_init__(self) -> None:
+        if self.trace_step is not None and self.trace_step < 1:
+            raise ValueError(f"debug.trace_step={self.trace_step} must be at least 1, the first step.")
+
 
 @dataclass(frozen=True, kw_only=True)
 class JobConfig:

@@ -1,6 +1,7 @@
 """One training job from configuration to report: connect, build, resume, train, close."""
 
 import dataclasses
+import json
 import sys
 import time
 import traceback
@@ -29,6 +30,7 @@ from tightrec.trainer.pipeline import build_pipeline
 from tightrec.trainer.ranks import Ranks, connected
 from tightrec.trainer.report.run_log import RunLog
 from tightrec.trainer.timing import StepProfiler
+from tightrec.trainer.trace import StepTrace
 
 
 def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -> int:
@@ -98,6 +100,7 @@ def _train(
             checkpointer=checkpointer,
             traffic=traffic,
             profiler=StepProfiler(config.logging.split_every, ranks.device),
+            trace=StepTrace(folder, ranks.rank, config.debug.trace_step),
             log=log,
         )
         try:
@@ -159,6 +162,8 @@ def _describe(
         rows=rows,
         parameters_rank0=parameters,
     )
+    if ranks.rank == 0:
+        (folder / "plan.json").write_text(json.dumps(plan_json(built.plan), indent=1) + "\n")
     counts = ", ".join(f"{split} {count:,}" for split, count in rows.items())
     log.say(f"run folder {folder}")
     log.say(

@@ -23,6 +23,7 @@ from tightrec.trainer.pipeline import Drained, Pipeline
 from tightrec.trainer.ranks import Ranks
 from tightrec.trainer.report.run_log import RunLog
 from tightrec.trainer.timing import StepProfiler
+from tightrec.trainer.trace import StepTrace
 
 
 @dataclass
@@ -76,6 +77,7 @@ class Trainer:
     checkpointer: Checkpointer
     traffic: Traffic
     profiler: StepProfiler
+    trace: StepTrace
     log: RunLog
 
     def fit(self, progress: Progress) -> Outcome:
@@ -133,7 +135,8 @@ class Trainer:
         began, logged = time.perf_counter(), 0
         for ran in range(1, length + 1):
             self.learning_rate.set(step)
-            with self.profiler.step(step):
+            traced = self.trace.covers(step + 1)
+            with self.trace.step(step + 1) if traced else self.profiler.step(step):
                 predictions = self.pipeline.progress(batches)
             step += 1
             window.update(predictions.logits, predictions.batch.labels, predictions.batch.weights)

@@ -31,7 +31,8 @@ class MetricsConfig:
     evaluation on its rank and gathers all of them on every rank at the end, 12 bytes a row."""
 
     bins: int = 65_536
-    """Bins of each histogram (``binned`` only); 65,536 keep the AUC within 1e-5 of the exact one."""
+    """Bins of each histogram (``binned`` only). 65,536 keep the AUC within 1e-5 of the exact one, within 1e-4
+    where the logits' standard deviation is as small as 0.01."""
 
     def __post_init__(self) -> None:
         if not 256 <= self.bins <= 2**24:

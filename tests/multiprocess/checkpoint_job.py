@@ -12,6 +12,7 @@ from torchrec.distributed.sharding_plan import (
     column_wise,
     construct_module_sharding_plan,
     data_parallel,
+    grid_shard,
     row_wise,
     table_wise,
 )
@@ -25,7 +26,7 @@ from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tightrec.trainer.checkpoint_state import leaves_of
 
-ROWS = {"a": 12, "b": 10, "c": 3}
+ROWS = {"a": 12, "b": 10, "c": 15}
 DIM = 8
 BATCH = 8
 DENSE = 4
@@ -72,7 +73,8 @@ def batch_of(step: int, rank: int = 0, world: int = 1) -> tuple[Tensor, KeyedJag
 class Job:
     """Model, optimizers and steps; ``sharding`` is one type, or one letter-coded type for each table.
 
-    t: table-wise on rank 0, u: on the last rank, r: row-wise, c: column-wise, d: data-parallel.
+    t: table-wise on rank 0, u: on the last rank, r: row-wise, c: column-wise, d: data-parallel,
+    g: grid over two nodes of half the ranks each.
     """
 
     def __init__(
@@ -85,29 +87,33 @@ class Job:
         rows: dict[str, int] = ROWS,
         dim: int = DIM,
         seed: int = 0,
+        kernel: str = "fused",
     ) -> None:
         self.rank, self.world = rank, world
         torch.manual_seed(100 * seed + 7)
         model = unsharded(rows, dim, "meta")
         kinds = {
-            "t": table_wise(0, compute_kernel="fused"),
-            "u": table_wise(world - 1, compute_kernel="fused"),
-            "r": row_wise(compute_kernel="fused"),
-            "c": column_wise(ranks=list(range(min(world, dim // 4))), compute_kernel="fused"),
-            "d": data_parallel(),
+            "t": lambda: table_wise(0),
+            "u": lambda: table_wise(world - 1),
+            "r": row_wise,
+            "c": lambda: column_wise(ranks=list(range(min(world, dim // 4)))),
+            "d": data_parallel,
+            "g": lambda: grid_shard(host_indexes=[0, 1]),
         }
         sharding = sharding * len(rows) if len(sharding) == 1 else sharding
-        bags = model.sparse_arch.embedding_bag_collection
-        params = {"optimizer": TABLES[tables], "learning_rate": 0.1}
-        sharder = EmbeddingBagCollectionSharder(fused_params=params)
+        sharder = EmbeddingBagCollectionSharder(
+            fused_params={"optimizer": TABLES[tables], "learning_rate": 0.1}
+        )
         plan = construct_module_sharding_plan(
-            bags,
-            {name: kinds[kind] for name, kind in zip(rows, sharding, strict=True)},
+            model.sparse_arch.embedding_bag_collection,
+            {name: kinds[kind]() for name, kind in zip(rows, sharding, strict=True)},
             sharder=sharder,
             world_size=world,
-            local_size=world,
+            local_size=world // 2 if "g" in sharding else world,
             device_type="cpu",
         )
+        for name, kind in zip(rows, sharding, strict=True):
+            plan[name].compute_kernel = "dense" if kind == "d" else kernel
         self.model = DistributedModelParallel(
             model,
             device=torch.device("cpu"),

@@ -4,6 +4,7 @@ import os
 import random
 import signal
 import threading
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -43,20 +44,22 @@ def _resume(rank: int, world: int, folder: Path) -> list[Any]:
         saver.close()
         again = Job(rank, world, "trc", tables, dense, seed=1 + number)
         extra = _checkpointer(folder / tables).load(files.path_of(folder / tables, 5), again.state)
-        found.append((extra, losses == again.train(5, 5), same_bits(job.local(), again.local())))
+        counters = {int(module.iter) for module in again.model.modules() if hasattr(module, "iter")}
+        same = losses == again.train(5, 5), same_bits(job.local(), again.local())
+        found.append((extra, counters, *same))
     return found
 
 
 def test_resume_on_the_same_ranks_is_bit_identical_for_every_optimizer(tmp_path: Path) -> None:
     for found in run_ranks(2, _resume, tmp_path):
-        assert found == [({"rows": 40}, True, [])] * len(PAIRS)
+        assert found == [({"rows": 40}, {5}, True, [])] * len(PAIRS)
 
 
 # ---- other ranks, other sharding
 
 
-def _save(rank: int, world: int, folder: Path, sharding: str, tables: str = "rowwise") -> Any:
-    job = Job(rank, world, sharding, tables)
+def _save(rank: int, world: int, folder: Path, sharding: str, tables: str = "rowwise", dim: int = DIM) -> Any:
+    job = Job(rank, world, sharding, tables, dim=dim)
     job.train(0, 3)
     saver = _checkpointer(folder)
     saver.save(3, job.state, {}, wait=True)
@@ -65,10 +68,12 @@ def _save(rank: int, world: int, folder: Path, sharding: str, tables: str = "row
     return before, job.predict(), state
 
 
-def _load(rank: int, world: int, folder: Path, shardings: list[str], tables: str = "rowwise") -> list[Any]:
+def _load(
+    rank: int, world: int, folder: Path, shardings: list[str], tables: str = "rowwise", dim: int = DIM
+) -> list[Any]:
     found = []
     for sharding in shardings:
-        job = Job(rank, world, sharding, tables, seed=5)
+        job = Job(rank, world, sharding, tables, dim=dim, seed=5)
         _checkpointer(folder).load(files.path_of(folder, 3), job.state)
         before, state = job.predict(), job.local()
         job.step(3)
@@ -121,6 +126,15 @@ def test_rowwise_state_is_averaged_over_merged_column_shards_and_repeated_for_sp
     assert _close(saved[0][0], dense[0][0])
 
 
+def test_grid_shards_merge_like_column_shards(tmp_path: Path) -> None:
+    saved = run_ranks(4, _save, tmp_path, "g", "rowwise", 256)
+    loaded = [(*one[0],) for one in run_ranks(2, _load, tmp_path, ["r"], "rowwise", 256)]
+    assert _close(saved[0][0], loaded[0][0])
+    for table, rows in ROWS.items():
+        halves = _accumulator(saved, table, f"{table}.momentum1").view(2, rows)
+        torch.testing.assert_close(_accumulator(loaded, table, f"{table}.momentum1"), halves.mean(0))
+
+
 def test_state_of_tables_that_become_or_were_data_parallel_is_converted(tmp_path: Path) -> None:
     saved = run_ranks(2, _save, tmp_path, "dtt")
     loaded = [(*one[0],) for one in run_ranks(2, _load, tmp_path, ["tdc"])]
@@ -145,6 +159,44 @@ def _load_alone(rank: int, world: int, path: Path) -> list[float]:
 def test_unsharded_model_without_process_group_predicts_the_same(tmp_path: Path) -> None:
     before, _, _ = run_ranks(2, _save, tmp_path, "trc")[0]
     assert _close(before, run_ranks(1, _load_alone, files.path_of(tmp_path, 3), connect=False)[0])
+
+
+class _Counters:
+    """A Stateful without a single tensor."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Any] = {"steps": [1, {"of": 2}], "name": "x"}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.values)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.values = state
+
+
+def _alone(rank: int, world: int, folder: Path) -> None:
+    model, counters = torch.nn.Linear(3, 2), _Counters()
+    saver = _checkpointer(folder)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        saver.save(1, {"model": model, "counters": counters}, {})
+        saver.close()
+        again, counters.values = torch.nn.Linear(3, 2), {"steps": [], "name": ""}
+        saver.load(files.path_of(folder, 1), {"model": again, "counters": counters})
+    assert torch.equal(model.weight, again.weight)
+    assert counters.values == _Counters().values
+    with pytest.raises(ValueError, match="extra must hold JSON values only"):
+        saver.save(2, {"model": model}, {"group": saver})
+
+
+def test_one_process_without_a_group_saves_and_loads_tensors_and_other_values(tmp_path: Path) -> None:
+    run_ranks(1, _alone, tmp_path, connect=False)
+
+
+@pytest.mark.parametrize("wrong", [{"keep": 0}, {"every_steps": -1}, {"timeout_s": 0.0}])
+def test_settings_out_of_range_are_refused_by_name(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=f"train.checkpoint.{next(iter(wrong))}="):
+        CheckpointConfig(**wrong)
 
 
 # ---- background saves
@@ -258,7 +310,7 @@ def _load_newest(rank: int, world: int, folder: Path) -> int:
 def test_after_sigkill_at_a_random_moment_the_last_complete_one_loads(tmp_path: Path) -> None:
     moments = random.Random(4)
     reached = []
-    for attempt in range(4):
+    for attempt in range(3):
         folder = tmp_path / str(attempt)
         with pytest.raises(RankFailure, match="exit code -9"):
             run_ranks(2, _save_until_killed, folder, moments.uniform(5, 300), attempt % 2)
@@ -301,7 +353,7 @@ def test_another_model_or_optimizer_is_refused_by_table_with_both_shapes_before_
     expected = [
         ["table 'b' is 10 x 8 in the checkpoint and 11 x 8 in this job"],
         [f"table '{name}' is {rows} x 8 in the checkpoint and {rows} x 16 in" for name, rows in ROWS.items()],
-        ["table 'c' (3 x 8) is in the checkpoint but not in this job"],
+        ["table 'c' (15 x 8) is in the checkpoint but not in this job"],
         ["table 'new' (4 x 8) is not in the checkpoint"],
         ["optimizer state 'momentum1' of table 'a' is 12 in the checkpoint and 12 x 8 in this job"],
         ["optimizer state 'momentum1' of table 'a' (12) is in the checkpoint but not in this job"],
@@ -338,11 +390,7 @@ def test_damaged_checkpoint_is_refused_by_file_on_all_ranks_and_the_one_before_l
 
 
 def _local_state(rank: int, world: int, folder: Path) -> None:
-    with mock.patch("checkpoint_job.row_wise") as row_wise:
-        from torchrec.distributed.sharding_plan import row_wise as original
-
-        row_wise.side_effect = lambda compute_kernel: original(compute_kernel="dense")
-        job = Job(rank, world, "r")
+    job = Job(rank, world, "r", kernel="dense")
     with pytest.raises(
         ValueError, match=r"embedding_bags\.a\.weight is sharded but .* compute_kernel='fused'"
     ):

@@ -5,8 +5,8 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from numbered import Numbered
+
 from tightrec.trainer.data.loader import Loader, LoaderConfig
 from tightrec.trainer.data.shards import Order, Position, Segment, Topology, deal, joined, left, skip
 

@@ -129,9 +129,12 @@ def _array(where: _Group, table: pa.Table, name: str) -> pa.Array:
 
 def _dense(where: _Group, name: str, array: pa.Array) -> Floats:
     values: Floats = array.to_numpy()
-    row = _first(np.isnan(values))
+    row = _first(~np.isfinite(values))
     if row is not None:
-        raise ValueError(f"{where}, row {row}: column {name!r} is not a number (NaN). {_AGAIN}")
+        value = values[row]
+        raise ValueError(
+            f"{where}, row {row}: column {name!r} is {value}, but must be a finite number. {_AGAIN}"
+        )
     return values
 
 

@@ -1,25 +1,18 @@
-"""Ids of one column counted, thresholded and numbered, in bounded memory.
+"""Ids counted and chosen by how often they occur, in bounded memory.
 
 A *run* is a pair of arrays, ids [K] uint32 in ascending order without repetition, and their counts [K].
 Runs of a column are merged as in a log-structured merge tree, and written to the disk when all columns'
 together exceed their share of memory; the runs on the disk are merged by ranges of ids that fit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 ENTRY_BYTES = 12
-LOOKUP_BYTES = 8
-"""Memory per id of a numbered column: the id, and its share of the directory."""
-
-MISSING, RARE, FIRST = 0, 1, 2
-"""Numbers of a missing value and of an id that is not in the vocabulary, and the first number within it."""
-
 MOST_COUNTED = 1_000
 """Largest min_count that a refusal can propose."""
 
@@ -102,65 +95,77 @@ def merged(runs: Sequence[Run], most: int) -> Iterator[Run]:
             yield held
 
 
-def choose(runs: Iterator[Run], min_count: int, max_ids: int | None, histogram: Counts) -> Ids:
-    """The ids that occur at least ``min_count`` times, of these the ``max_ids`` most frequent, ascending.
+class Choice:
+    """The ids of one column that occur at least ``min_count`` times, of these the ``max_ids`` most frequent.
 
-    Between equally frequent ids the smaller one is kept. ``histogram`` [MOST_COUNTED + 1] gains the number
-    of ids by their count.
-    """
-    ids, counts = [], []
-    for run in runs:
-        histogram += np.bincount(np.minimum(run.counts, MOST_COUNTED), minlength=MOST_COUNTED + 1)
-        enough = run.counts >= min_count
-        ids.append(run.ids[enough])
-        counts.append(run.counts[enough] if max_ids is not None else np.empty(0, np.int64))
-    if not ids:
-        return np.empty(0, np.uint32)
-    chosen = np.concatenate(ids)
-    if max_ids is not None and len(chosen) > max_ids:
-        order = np.argsort(-np.concatenate(counts), kind="stable")[:max_ids]
-        chosen = np.sort(chosen[order])
-    return chosen
-
-
-class Numbering:
-    """Numbers of the ids of one column: 0 missing, 1 rare or unknown, from 2 on those chosen, ascending.
-
-    A directory by the ids' leading bits narrows the search to a few neighbours; Criteo's ids are hashes
-    and spread evenly.
+    Between equally frequent ids the smaller one is kept. At most ``most`` are held: beyond, they are
+    counted only, and ``ids`` stays empty.
     """
 
-    def __init__(self, ids: Ids) -> None:
-        bits = max(len(ids) - 1, 1).bit_length()
-        self._ids = ids
-        self._shift = 32 - bits
-        steps = np.arange((1 << bits) + 1, dtype=np.uint64) << np.uint64(self._shift)
-        # The last step, 2**32, does not fit an id: everything lies before it.
-        self._directory = np.append(np.searchsorted(ids, steps[:-1].astype(np.uint32)), len(ids)).astype(
-            np.uint32
-        )
+    def __init__(self, *, min_count: int, max_ids: int | None, most: int) -> None:
+        self._min_count = min_count
+        self._max_ids = max_ids
+        self._most = most
+        self.count = 0
+        self.ids: Ids = np.empty(0, np.uint32)
+        self.histogram: Counts = np.zeros(MOST_COUNTED + 1, np.int64)
+        """[MOST_COUNTED + 1], ids by how often they occur; the last entry is for that often or more."""
 
-    @property
-    def cardinality(self) -> int:
-        """Number of numbers, the two reserved ones included."""
-        return FIRST + len(self._ids)
+    def take(self, runs: Iterable[Run]) -> "Choice":
+        """Choose from ``runs``, which follow each other in ascending order."""
+        held = Run(self.ids, np.empty(0, np.int64))
+        for run in runs:
+            self.histogram += np.bincount(np.minimum(run.counts, MOST_COUNTED), minlength=MOST_COUNTED + 1)
+            enough = run.counts >= self._min_count
+            self.count += int(enough.sum())
+            if self._max_ids is not None:
+                self.count = min(self.count, self._max_ids)
+            if self.count <= self._most:
+                both = Run(*(np.concatenate([old, new[enough]]) for old, new in zip(held, run, strict=True)))
+                held = self._most_frequent(both)
+        if self.count <= self._most:
+            self.ids = held.ids
+        return self
 
-    def numbers(self, ids: Ids, missing: NDArray[np.uint32], column: int, rows: NDArray[np.int64]) -> NDArray:
-        """Numbers [len(rows)] of the ``rows`` of ``ids`` [R], where bit ``column`` of ``missing`` [R] is clear."""
-        return _number(ids, missing, column, rows, self._ids, self._directory, self._shift)
+    def _most_frequent(self, run: Run) -> Run:
+        if self._max_ids is None or len(run.ids) <= self._max_ids:
+            return run
+        kept = np.sort(np.argsort(-run.counts, kind="stable")[: self._max_ids])
+        return Run(run.ids[kept], run.counts[kept])
 
 
-class Hashing:
-    """Numbers by hashing: 0 missing, else 1 + floor(h * (size - 1) / 2**64).
+@njit(nogil=True, cache=True)
+def _run_lengths(ordered):  # type: ignore[no-untyped-def]
+    """Distinct values of ``ordered`` [N] and how often each occurs."""
+    ids = np.empty_like(ordered)
+    counts = np.empty(ordered.size, np.int64)
+    found = 0
+    start = 0
+    for at in range(1, ordered.size + 1):
+        if at == ordered.size or ordered[at] != ordered[start]:
+            ids[found] = ordered[start]
+            counts[found] = at - start
+            found += 1
+            start = at
+    return ids[:found].copy(), counts[:found].copy()
 
-    h is the splitmix64 finaliser (Steele, Lea and Flood 2014) of the id plus the column's salt, which is the
-    finaliser of seed * 64 + column + 1.
-    """
 
-    def __init__(self, size: int, seed: int, column: int) -> None:
-        self.cardinality = size
-        self._salt = mix(np.uint64((seed * 64 + column + 1) % (1 << 64)))
-
-    def numbers(self, ids: Ids, missing: NDArray[np.uint32], column: int, rows: NDArray[np.int64]) -> NDArray:
-        """Numbers [len(rows)] of the ``rows`` of ``ids`` [R], where bit ``column`` of ``missing`` [R] is clear."""
-        return _hash(ids, missing, column, rows, np.uint64(self.cardinality - 1), self._salt)
+@njit(nogil=True, cache=True)
+def _merge(a_ids, a_counts, b_ids, b_counts):  # type: ignore[no-untyped-def]
+    """Merge two runs into one, adding up the counts of equal ids."""
+    ids = np.empty(a_ids.size + b_ids.size, np.uint32)
+    counts = np.empty(ids.size, np.int64)
+    a = b = found = 0
+    while a < a_ids.size or b < b_ids.size:
+        if b == b_ids.size or (a < a_ids.size and a_ids[a] < b_ids[b]):
+            ids[found], counts[found] = a_ids[a], a_counts[a]
+            a += 1
+        elif a == a_ids.size or b_ids[b] < a_ids[a]:
+            ids[found], counts[found] = b_ids[b], b_counts[b]
+            b += 1
+        else:
+            ids[found], counts[found] = a_ids[a], a_counts[a] + b_counts[b]
+            a += 1
+            b += 1
+        found += 1
+    return ids[:found].copy(), counts[:found].copy()
