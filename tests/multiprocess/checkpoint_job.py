@@ -1,5 +1,6 @@
 """A tiny DLRM on torchrec, trained on made-up rows, for the checkpoint tests."""
 
+import os
 from typing import Any
 
 import torch
@@ -101,6 +102,9 @@ class Job:
             "g": lambda: grid_shard(host_indexes=[0, 1]),
         }
         sharding = sharding * len(rows) if len(sharding) == 1 else sharding
+        local_world = world // 2 if "g" in sharding else world
+        # torchrec tells nodes apart by it.
+        os.environ["LOCAL_WORLD_SIZE"] = str(local_world)
         sharder = EmbeddingBagCollectionSharder(
             fused_params={"optimizer": TABLES[tables], "learning_rate": 0.1}
         )
@@ -109,7 +113,7 @@ class Job:
             {name: kinds[kind]() for name, kind in zip(rows, sharding, strict=True)},
             sharder=sharder,
             world_size=world,
-            local_size=world // 2 if "g" in sharding else world,
+            local_size=local_world,
             device_type="cpu",
         )
         for name, kind in zip(rows, sharding, strict=True):

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from rich.console import Console
 
 from tightrec.trainer.data.prepare.rejects import ErrorMode, Tally
 from tightrec.trainer.data.prepare.work import Stage, Work
@@ -120,6 +121,7 @@ def publish(
     stage: Stage,
     tally: Tally,
     settings: PrepareSettings,
+    console: Console,
     *,
     dense: Sequence[str],
     sparse: Sequence[SparseColumn],
@@ -153,4 +155,9 @@ def publish(
     tally.save(stage.out)
     schema.save(stage.out)
     work.publish(stage)
+    told = ", ".join(f"{split} {count:,}" for split, count in schema.rows.items())
+    ids = sum(column.cardinality for column in schema.sparse)
+    columns = f"{len(dense)} dense columns, {len(sparse)} sparse ones with {ids:,} ids"
+    for line in (tally.summary(), f"{settings.dst}: rows {told}; {columns}"):
+        console.print(line, highlight=False, soft_wrap=True)
     return schema

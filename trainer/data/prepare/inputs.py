@@ -1,4 +1,4 @@
-"""Which files a ``src`` names, and their text in blocks of whole lines, decompressed on the way."""
+"""Which files a ``src`` names, and their text in pieces of whole lines, decompressed on the way."""
 
 import gzip
 import lzma
@@ -9,7 +9,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BufferedReader
 from pathlib import Path
-from typing import IO
+from typing import IO, cast
+
+from tightrec.trainer.data.prepare.rejects import Reject
 
 WINDOW_BYTES = 4 << 20
 """Text read at a time where a data set fits in memory."""
@@ -49,7 +51,7 @@ class Piece:
     """Where it starts."""
 
     end: Position
-    """Where the next one starts."""
+    """Where it ends."""
 
     data: bytes
     """The text; the last line has an end too."""
@@ -64,6 +66,16 @@ class Piece:
     def lines(self) -> int:
         """Number of lines."""
         return self.end.line - self.start.line
+
+    @property
+    def next(self) -> Position:
+        """Where the piece behind this one starts."""
+        return Position(file=self.end.file + 1) if self.problem else self.end
+
+    def fault(self, path: Path) -> Reject:
+        """The problem with its file, ``path``, as a bad line."""
+        kind, line = ("damaged file", self.end.line + 1) if self.end.offset else ("empty file", 0)
+        return Reject(file=str(path), line=line, kind=kind, reason=self.problem, value="")
 
 
 def resolve(src: str, patterns: Sequence[str]) -> list[Path]:
@@ -85,9 +97,8 @@ def resolve(src: str, patterns: Sequence[str]) -> list[Path]:
             found = {file for name in names for file in path.glob(name)}
             missing = f"the folder {path} holds no file named like {', '.join(patterns)} (plain, .gz or .xz)"
         else:
-            parent = Path(path.anchor) if path.is_absolute() else Path()
-            pattern = str(path.relative_to(parent))
-            found = set(parent.glob(pattern)) if re.search(r"[*?\[]", part) else set()
+            root = Path(path.anchor)
+            found = set(root.glob(str(path.relative_to(root)))) if re.search(r"[*?\[]", part) else set()
             missing = f"there is no file, folder or match for {str(path)!r}"
         chosen = sorted((file for file in found if file.is_file()), key=_natural)
         if not chosen:
@@ -150,19 +161,6 @@ def pieces(files: Sequence[Path], piece_bytes: int, done: int, start: Position) 
         start = Position(file=at + 1)
 
 
-def lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Number, from 1, and text of each line, without its end (LF or CR LF).
-
-    Raises:
-        ValueError: the file cannot be read, is empty or damaged.
-    """
-    for piece in pieces([path], WINDOW_BYTES, 0, Position()):
-        if piece.problem:
-            raise ValueError(f"{path}, line {piece.end.line + 1}: {piece.problem}. Fetch the file again.")
-        for number, line in enumerate(piece.data[:-1].split(b"\n"), piece.start.line + 1):
-            yield number, line.removesuffix(b"\r")
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[BufferedReader, IO[bytes]]]:
     """The file as it lies on the disk, and its text."""
@@ -170,7 +168,7 @@ def _opened(path: Path) -> Iterator[tuple[BufferedReader, IO[bytes]]]:
         with path.open("rb") as raw:
             magic = raw.peek(6)
             opener = next((opener for start, opener in _OPENERS if magic.startswith(start)), None)
-            yield raw, opener(raw) if opener else raw
+            yield raw, cast(IO[bytes], opener(raw) if opener else raw)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}). Check the file.") from None
 

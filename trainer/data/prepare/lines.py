@@ -77,10 +77,22 @@ def parse(data: bytes, file: str, first_line: int) -> tuple[Rows, Faults]:
     text = np.frombuffer(data, dtype=np.uint8)
     found = np.empty((64, 4), dtype=np.int64)
     faults = Faults()
-    row, line, start = 0, first_line, 0
+    row = start = 0
+    line = first_line
     while start < len(data):
         row, line, start, count = _parse(
-            text, start, row, line, rows.label, rows.dense, rows.ids, rows.missing, rows.line, found, _HEX, _LOGS
+            text,
+            start,
+            row,
+            line,
+            rows.label,
+            rows.dense,
+            rows.ids,
+            rows.missing,
+            rows.line,
+            found,
+            _HEX,
+            _LOGS,
         )
         for fault in found[:count].tolist():
             faults.add(_reject(file, data, *fault))
@@ -129,7 +141,7 @@ def _parse(  # type: ignore[no-untyped-def]
                     fault = _INTEGER
                     break
                 if negative:
-                    value = 0
+                    value = np.int64(0)
                 dense[column, row] = logs[value] if value < logs.size else np.log1p(np.float64(value))
                 p += 1
         if fault == 0:
@@ -181,7 +193,9 @@ def _reject(file: str, block: bytes, line: int, fault: int, start: int, end: int
     foreign = next((i for i, byte in enumerate(text) if byte == 0 or byte > 127), None)
     if foreign is not None:
         kind = "NUL byte" if text[foreign] == 0 else "encoding"
-        return Reject.of(file, line, kind, f"byte 0x{text[foreign]:02x} at {foreign + 1} is not ASCII text", text)
+        return Reject.of(
+            file, line, kind, f"byte 0x{text[foreign]:02x} at {foreign + 1} is not ASCII text", text
+        )
     fields = text.split(b"\t")
     if fault == _COLUMN_COUNT:
         return Reject.of(file, line, "column count", f"{len(fields)} columns where {COLUMNS} belong", text)

@@ -41,7 +41,7 @@ class Vocabulary:
         return FIRST + len(self._ids)
 
     def numbers(self, ids: Ids, missing: Ids, column: int, rows: Rows) -> NDArray[np.int64]:
-        """Numbers [len(rows)] of ``ids[rows]``; an id is missing where bit ``column`` of ``missing`` is set."""
+        """Numbers [len(rows)] of ``ids[rows]``; bit ``column`` of ``missing`` is set where there is none."""
         return _look_up(ids, missing, np.uint32(column), rows, self._ids, self._directory, self._shift)
 
 
@@ -56,12 +56,14 @@ class Hashing:
         self._salt = _mix(np.uint64((64 * seed + column) % (1 << 64)))
 
     def numbers(self, ids: Ids, missing: Ids, column: int, rows: Rows) -> NDArray[np.int64]:
-        """Numbers [len(rows)] of ``ids[rows]``; an id is missing where bit ``column`` of ``missing`` is set."""
+        """Numbers [len(rows)] of ``ids[rows]``; bit ``column`` of ``missing`` is set where there is none."""
         salt, span = np.uint64(self._salt), np.uint64(self.cardinality - 1)
         return _hash(ids, missing, np.uint32(column), rows, salt, span)
 
 
-def draw_splits(lines: Rows, file: int, seed: int, valid_share: float, test_share: float) -> NDArray[np.uint8]:
+def draw_splits(
+    lines: Rows, file: int, seed: int, valid_share: float, test_share: float
+) -> NDArray[np.uint8]:
     """Split [R] of the rows at ``lines`` of the file with index ``file``, whatever else is read.
 
     u = mix(line + mix(file + mix(seed))) / 2**64 puts a row into test where u < test_share, into valid where
@@ -98,7 +100,7 @@ def _look_up(ids, missing, column, rows, vocabulary, directory, shift):  # type:
             continue
         wanted = ids[row]
         bucket = wanted >> shift
-        low, high = directory[bucket], directory[bucket + 1]
+        low, high = np.int64(directory[bucket]), np.int64(directory[bucket + 1])
         end = high
         while low < high:
             middle = (low + high) >> 1

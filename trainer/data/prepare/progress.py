@@ -12,13 +12,14 @@ LINE_EVERY_S = 10.0
 class Meter:
     """Progress of one pass over ``total_bytes`` of input. A context manager."""
 
-    def __init__(self, title: str, total_bytes: int, console: Console) -> None:
+    def __init__(self, title: str, total_bytes: int, first_bytes: int, console: Console) -> None:
+        """Start where an earlier run left off, after ``first_bytes``."""
         self._title = title
         self._total_bytes = max(total_bytes, 1)
         self._console = console
         self._bar: Progress | None = None
         self._rows = 0
-        self._first_bytes: int | None = None
+        self._first_bytes = first_bytes
 
     def __enter__(self) -> "Meter":
         self._began = self._told = time.monotonic()
@@ -31,7 +32,9 @@ class Meter:
                 TimeRemainingColumn(elapsed_when_finished=True),
                 console=self._console,
             )
-            self._task = self._bar.add_task(self._title, total=self._total_bytes, speed="-")
+            self._task = self._bar.add_task(
+                self._title, total=self._total_bytes, completed=self._first_bytes, speed="-"
+            )
             self._bar.start()
         return self
 
@@ -42,10 +45,6 @@ class Meter:
             self._bar.stop()
         elif kind is None and self._rows:
             self._tell(self._total_bytes)
-
-    def resume(self, read_bytes: int) -> None:
-        """Start from ``read_bytes``, done in an earlier run."""
-        self._first_bytes = read_bytes
 
     def update(self, read_bytes: int, rows: int) -> None:
         """Tell that the input is done up to ``read_bytes``, and ``rows`` more rows with it."""
@@ -61,8 +60,7 @@ class Meter:
     def _tell(self, read_bytes: int) -> None:
         self._told = time.monotonic()
         spent = self._told - self._began
-        first = self._first_bytes or 0
-        left = spent * (self._total_bytes - read_bytes) / max(read_bytes - first, 1)
+        left = spent * (self._total_bytes - read_bytes) / max(read_bytes - self._first_bytes, 1)
         share = min(read_bytes / self._total_bytes, 1.0)
         rest = f"{left:.0f} s left" if share < 1 else f"took {spent:.0f} s"
         self._console.print(f"{self._title}: {share:.0%}, {self._speed():,.0f} rows/s, {rest}")

@@ -10,9 +10,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 
 ENTRY_BYTES = 12
+"""Memory of an id and its count."""
+
 MOST_COUNTED = 1_000
 """Largest min_count that a refusal can propose."""
 
@@ -98,14 +101,14 @@ def merged(runs: Sequence[Run], most: int) -> Iterator[Run]:
 class Choice:
     """The ids of one column that occur at least ``min_count`` times, of these the ``max_ids`` most frequent.
 
-    Between equally frequent ids the smaller one is kept. At most ``most`` are held: beyond, they are
+    Between equally frequent ids the smaller one is kept. At most ``hold`` are held: beyond, they are
     counted only, and ``ids`` stays empty.
     """
 
-    def __init__(self, *, min_count: int, max_ids: int | None, most: int) -> None:
+    def __init__(self, *, min_count: int, max_ids: int | None, hold: int) -> None:
         self._min_count = min_count
         self._max_ids = max_ids
-        self._most = most
+        self._hold = hold
         self.count = 0
         self.ids: Ids = np.empty(0, np.uint32)
         self.histogram: Counts = np.zeros(MOST_COUNTED + 1, np.int64)
@@ -120,10 +123,10 @@ class Choice:
             self.count += int(enough.sum())
             if self._max_ids is not None:
                 self.count = min(self.count, self._max_ids)
-            if self.count <= self._most:
-                both = Run(*(np.concatenate([old, new[enough]]) for old, new in zip(held, run, strict=True)))
-                held = self._most_frequent(both)
-        if self.count <= self._most:
+            if self.count <= self._hold:
+                ids = np.concatenate([held.ids, run.ids[enough]])
+                held = self._most_frequent(Run(ids, np.concatenate([held.counts, run.counts[enough]])))
+        if self.count <= self._hold:
             self.ids = held.ids
         return self
 
@@ -132,6 +135,13 @@ class Choice:
             return run
         kept = np.sort(np.argsort(-run.counts, kind="stable")[: self._max_ids])
         return Run(run.ids[kept], run.counts[kept])
+
+
+def least_count(histogram: Counts, most: int) -> int | None:
+    """The smallest count such that at most ``most`` ids of a :class:`Choice`'s histogram occur that often."""
+    as_often = np.cumsum(histogram[::-1])[::-1]
+    fitting = np.flatnonzero(as_often <= most)
+    return int(fitting[0]) if len(fitting) else None
 
 
 @njit(nogil=True, cache=True)

@@ -21,11 +21,11 @@ from typing import Any
 class Stage:
     """One step of the work, continued part by part."""
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, redo: bool = False) -> None:
         """Open ``folder``, or start it with ``settings``, the plain values that its parts depend on.
 
         Raises:
-            ValueError: parts were finished with other settings.
+            ValueError: parts were finished with other settings, and ``redo`` does not allow to drop them.
         """
         self.out = folder / "out"
         self.entries: list[dict[str, Any]] = []
@@ -34,6 +34,8 @@ class Stage:
         known = folder / "settings.json"
         if known.is_file() and self._journal.is_file() and self.out.is_dir():
             self.entries = self._read()
+        if self.entries and redo and json.loads(known.read_text()) != wanted:
+            self.entries = []
         if self.entries:
             _refuse_other(json.loads(known.read_text()), wanted, folder)
         else:
@@ -101,9 +103,9 @@ class Work:
     ) -> None:
         self._lock.close()
 
-    def stage(self, name: str, settings: Mapping[str, Any]) -> Stage:
-        """Open the stage ``name`` to start or continue it."""
-        return Stage(self.folder / name, settings)
+    def stage(self, name: str, settings: Mapping[str, Any], *, redo: bool = False) -> Stage:
+        """Open the stage ``name`` to start or continue it; see :class:`Stage`."""
+        return Stage(self.folder / name, settings, redo=redo)
 
     def publish(self, stage: Stage) -> None:
         """Make the output of the finished ``stage`` the destination, by a rename, and remove all else."""

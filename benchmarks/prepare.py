@@ -1,0 +1,194 @@
+"""Rows per second and peak memory of preparing Criteo's click logs, against torchrec's own way.
+
+    python benchmarks/prepare.py [sizes_gb=0.5,2] [torchrec_rows=200000] [folder=FOLDER] [key=value ...]
+
+Generates click logs of the given sizes, converts each with ``tightrec.trainer.data.prepare criteo`` (both
+passes, from text to parquet), and the first ``torchrec_rows`` lines with
+``torchrec.datasets.criteo.BinaryCriteoUtils.tsv_to_npys``, which holds all rows in memory and would not fit
+for the sizes themselves; its rate does not depend on the size. Each conversion is a process of its own. All
+else, such as ids=hash or memory_gb=1, is handed on. The files are removed at the end.
+"""
+
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import islice
+from os import sched_getaffinity
+from pathlib import Path
+
+import numpy as np
+from numba import njit
+
+CARDINALITIES = (
+    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306),
+    *(10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
+)
+"""Of the 26 categories of the Kaggle display advertising challenge."""
+
+SKEW = 1.1
+"""An id's rank r is drawn with density r ** -SKEW."""
+
+BLANK_SHARE = 0.1
+CHUNK_ROWS = 100_000
+LONGEST_LINE_BYTES = 512
+
+TAIL = "\nprint(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
+OURS = "import sys; from tightrec.trainer.data.prepare.__main__ import main; assert not main(sys.argv[1:])"
+TORCHREC = (
+    "import sys; from torchrec.datasets.criteo import BinaryCriteoUtils; "
+    "BinaryCriteoUtils.tsv_to_npys(sys.argv[1], *(f'{sys.argv[2]}.{part}.npy' for part in range(3)))"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Figure:
+    """What one conversion took."""
+
+    name: str
+    rows: int
+    text_bytes: int
+    seconds: float
+    peak_bytes: int
+
+    def line(self, baseline: "Figure") -> str:
+        speed, base = self.rows / self.seconds, baseline.rows / baseline.seconds
+        return (
+            f"| {self.name} | {self.text_bytes / 1e9:.2f} | {self.rows:,} | {self.seconds:.1f} | {speed:,.0f} "
+            f"| {self.peak_bytes / (1 << 20):,.0f} | {speed / base:.1f}x |"
+        )
+
+
+def main(words: list[str]) -> None:
+    own = {"sizes_gb": "0.5,2", "torchrec_rows": "200000", "folder": ""}
+    given = dict(word.split("=", 1) for word in words)
+    own |= {key: given.pop(key) for key in list(given) if key in own}
+    folder = Path(tempfile.mkdtemp(prefix="prepare-", dir=own["folder"] or None))
+    try:
+        figures = measure(
+            folder, [float(size) for size in own["sizes_gb"].split(",")], int(own["torchrec_rows"]), given
+        )
+    finally:
+        shutil.rmtree(folder)
+    print(
+        f"\n{platform.processor() or platform.machine()}, {len(sched_getaffinity(0))} cores, Python ", end=""
+    )
+    print(
+        f"{platform.python_version()}, "
+        + ", ".join(f"{p} {version(p)}" for p in ("torchrec", "pyarrow", "numba"))
+    )
+    print("settings: " + (" ".join(f"{key}={value}" for key, value in given.items()) or "defaults") + "\n")
+    print("| conversion | text, GB | rows | seconds | rows/s | peak memory, MiB | rows/s to torchrec |")
+    print("|---|---|---|---|---|---|---|")
+    for figure in figures:
+        print(figure.line(figures[0]))
+
+
+def measure(
+    folder: Path, sizes_gb: list[float], torchrec_rows: int, settings: dict[str, str]
+) -> list[Figure]:
+    words = [f"{key}={value}" for key, value in settings.items()]
+    figures = []
+    for at, size_gb in enumerate(sizes_gb):
+        source, target = folder / f"day_{at}", folder / "out"
+        rows = generate(source, int(size_gb * 1e9))
+        if not figures:
+            part = folder / "slice.tsv"
+            with source.open("rb") as lines, part.open("wb") as file:
+                file.writelines(islice(lines, torchrec_rows))
+            figures.append(
+                convert(
+                    "torchrec tsv_to_npys", TORCHREC, min(rows, torchrec_rows), part, [str(part), str(target)]
+                )
+            )
+        # Compiled code comes from the cache, as in every run but the first after an installation.
+        convert(
+            "warm-up", OURS, 1, part, ["criteo", f"src={part}", f"dst={target}", "overwrite=true", *words]
+        )
+        name = f"tightrec prepare, {size_gb:g} GB"
+        arguments = ["criteo", f"src={source}", f"dst={target}", "overwrite=true", *words]
+        figures.append(convert(name, OURS, rows, source, arguments))
+        source.unlink()
+        shutil.rmtree(target)
+    return figures
+
+
+def convert(name: str, code: str, rows: int, source: Path, arguments: list[str]) -> Figure:
+    begun = time.perf_counter()
+    ran = subprocess.run(
+        [sys.executable, "-c", code + TAIL, *arguments], check=True, stdout=subprocess.PIPE, text=True
+    )
+    seconds = time.perf_counter() - begun
+    peak_bytes = int(ran.stdout.split()[-1]) << 10
+    return Figure(
+        name=name, rows=rows, text_bytes=source.stat().st_size, seconds=seconds, peak_bytes=peak_bytes
+    )
+
+
+def generate(path: Path, text_bytes: int) -> int:
+    """Write click logs of about ``text_bytes`` to ``path``; returns the rows."""
+    rng = np.random.default_rng([0, *b"benchmark prepare"])
+    buffer = np.empty(CHUNK_ROWS * LONGEST_LINE_BYTES, np.uint8)
+    rows = written = 0
+    with path.open("wb") as file:
+        while written < text_bytes:
+            labels = (rng.random(CHUNK_ROWS) < 0.03).astype(np.uint8)
+            integers = np.floor(rng.pareto(0.8, (CHUNK_ROWS, 13)) * 3).clip(0, 1e6).astype(np.int64) - 1
+            # The inverse of the distribution function of the density r ** -SKEW on [1, cardinality].
+            power = 1 - SKEW
+            tops = np.array(CARDINALITIES, np.float64) ** power - 1
+            ranks = ((1 + rng.random((CHUNK_ROWS, 26)) * tops) ** (1 / power)).astype(np.uint64)
+            blank = rng.random((CHUNK_ROWS, 39)) < BLANK_SHARE
+            size = _format(labels, integers, ranks, blank, buffer)
+            file.write(buffer[:size].data)
+            written += size
+            rows += CHUNK_ROWS
+    return rows
+
+
+@njit(cache=True)
+def _format(labels, integers, ranks, blank, out):  # type: ignore[no-untyped-def]
+    """Write the rows to ``out`` as text; returns its length."""
+    at = 0
+    for row in range(labels.size):
+        out[at] = 48 + labels[row]
+        at += 1
+        for column in range(13):
+            out[at] = 9
+            at += 1
+            if blank[row, column]:
+                continue
+            value = integers[row, column]
+            if value < 0:
+                out[at] = 45
+                at += 1
+                value = -value
+            scale = 1
+            while scale * 10 <= value:
+                scale *= 10
+            while scale:
+                out[at] = 48 + value // scale % 10
+                at += 1
+                scale //= 10
+        for column in range(26):
+            out[at] = 9
+            at += 1
+            if blank[row, 13 + column]:
+                continue
+            # An odd multiplier permutes the 32-bit numbers: as many ids as ranks, spread like hashes.
+            value = np.uint64((ranks[row, column] + np.uint64(column * 7919)) * np.uint64(2654435761))
+            for shift in range(28, -4, -4):
+                digit = np.int64(value >> np.uint64(shift)) & 15
+                out[at] = 48 + digit if digit < 10 else 87 + digit
+                at += 1
+        out[at] = 10
+        at += 1
+    return at
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,27 @@
+"""Figures as people read them; None and NaN are a dash."""
+
+import math
+
+DASH = "–"
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """A score with ``digits`` decimals."""
+    return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
+
+
+def count(value: float | None) -> str:
+    """A whole number with thousands separated."""
+    return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
+
+
+def duration(seconds: float) -> str:
+    """12 s, 3:05 min or 2:03:05 h."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes}:{rest:02} min"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02} h"
