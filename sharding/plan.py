@@ -32,6 +32,10 @@ _COLUMN_BLOCK = 4
 """fbgemm's operators want shard dims in multiples of 4."""
 
 
+ROW_SPLIT: tuple[ShardingName, ...] = ("row_wise", "table_row_wise", "grid_shard")
+"""Types that split the rows of a table over ranks."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Cluster:
     """The ranks that tables are spread over."""
@@ -83,10 +87,11 @@ def make_plan(
 
     Raises:
         ValueError: a type that this cluster or table cannot take, a table name that matches nothing,
-            or tables that do not fit.
+            or tables that do not fit. Tables with too few rows for a row-splitting ``type`` go table-wise;
+            named in ``tables``, they are refused.
     """
     configs = tables.embedding_bag_configs()
-    forced = _forced_types(configs, config)
+    forced = _forced_types(configs, config, cluster)
     plan = EmbeddingModuleShardingPlan()
     if config.type == "auto" and len(forced) < len(configs):
         plan = _planned(tables, sharder, config, cluster, batch_size)
@@ -109,11 +114,20 @@ def make_plan(
     return plan
 
 
-def _forced_types(configs: Sequence[BaseEmbeddingConfig], config: ShardingConfig) -> dict[str, ShardingName]:
+def _forced_types(
+    configs: Sequence[BaseEmbeddingConfig], config: ShardingConfig, cluster: Cluster
+) -> dict[str, ShardingName]:
     names = [c.name for c in configs]
     forced: dict[str, ShardingName] = {}
     if config.type != "auto":
         forced = dict.fromkeys(names, config.type)
+        if config.type in ROW_SPLIT:
+            # A rank with none of a table's rows fails in fbgemm's CPU backward, and sharing out a handful
+            # of rows gains nothing.
+            small = [
+                c.name for c in configs if not fills_ranks(c.num_embeddings, _holders(config.type, cluster))
+            ]
+            forced |= dict.fromkeys(small, "table_wise")
     for pattern, kind in config.tables.items():
         matches = fnmatch.filter(names, pattern)
         if not matches:
@@ -122,7 +136,24 @@ def _forced_types(configs: Sequence[BaseEmbeddingConfig], config: ShardingConfig
                 f"{', ...' if len(names) > 30 else ''}."
             )
         forced.update(dict.fromkeys(matches, kind))
+    for table in configs:
+        kind_of = forced.get(table.name)
+        if kind_of in ROW_SPLIT and not fills_ranks(table.num_embeddings, _holders(kind_of, cluster)):
+            raise ValueError(
+                f"sharding.tables: table {table.name} has {table.num_embeddings} rows, too few to give each of "
+                f"{_holders(kind_of, cluster)} ranks a part by {kind_of}. Use table_wise or column_wise for it."
+            )
     return forced
+
+
+def fills_ranks(rows: int, ranks: int) -> bool:
+    """Whether torchrec's equal blocks of ceil(rows / ranks) rows leave no rank without one."""
+    return -(-rows // ranks) * (ranks - 1) < rows
+
+
+def _holders(kind: ShardingName, cluster: Cluster) -> int:
+    """Ranks that the rows of one table are spread over."""
+    return cluster.world if kind == "row_wise" else cluster.local_world
 
 
 def _planned(

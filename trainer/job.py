@@ -1,6 +1,7 @@
 """One training job from configuration to report: connect, build, resume, train, close."""
 
 import dataclasses
+import fnmatch
 import json
 import sys
 import time
@@ -171,13 +172,28 @@ def _describe(
         f"{config.codec.backward} backward; rows: {counts}"
     )
     log.say(plan_text(built.plan))
+    wanted = config.sharding.type
+    moved = [r.table for r in built.plan if r.type != wanted and r.table not in _overridden(config, built)]
+    if wanted != "auto" and moved:
+        log.warn(
+            f"{len(moved)} table(s) ({_some(moved)}) have too few rows for {wanted} and are table_wise instead."
+        )
     replicated = [row.table for row in built.plan if row.type == "data_parallel"]
     if replicated:
         log.warn(
-            f"{len(replicated)} data-parallel table(s) ({', '.join(replicated[:3])}"
-            f"{', ...' if len(replicated) > 3 else ''}) are trained by optimizer.dense, not optimizer.tables, "
-            "and are not exchanged."
+            f"{len(replicated)} data-parallel table(s) ({_some(replicated)}) are trained by optimizer.dense, "
+            "not optimizer.tables, and are not exchanged."
         )
+
+
+def _overridden(config: JobConfig, built: Built) -> set[str]:
+    """Tables that sharding.tables gives a type of their own."""
+    names = [row.table for row in built.plan]
+    return {name for pattern in config.sharding.tables for name in fnmatch.filter(names, pattern)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _close(outcome: Outcome, folder: Path, sources: dict[str, Source], log: RunLog) -> None:

@@ -107,6 +107,7 @@ class Trainer:
         loader, begin = self.loaders["train"], progress.position
         counts = self.ranks.gather(loader.batches(begin))
         total = self._at_most(max(counts), progress.step)
+        self.log.begin_epoch(epoch=begin.epoch, epochs=self.config.epochs, step=progress.step, steps=total)
         done = 0
         stream = loader.iterate(begin, steps=total)
         try:

@@ -9,7 +9,7 @@ everywhere: what, where, and what was probably meant.
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -71,7 +71,9 @@ def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], where: str) -> No
             near = difflib.get_close_matches(str(key), known, n=1)
             meant = f" Did you mean {near[0]!r}?" if near else f" Known: {', '.join(known)}."
             raise ValueError(f"{where}: there is no setting {key!r}.{meant}")
-        nested = next((t for t in (hints[key], *get_args(hints[key])) if dataclasses.is_dataclass(t)), None)
+        # The field itself or a member of its union; a dict of dataclasses has keys of the user's own.
+        choices = (hints[key],) if get_origin(hints[key]) is dict else (hints[key], *get_args(hints[key]))
+        nested = next((t for t in choices if dataclasses.is_dataclass(t)), None)
         if isinstance(value, Mapping) and isinstance(nested, type):
             _refuse_unknown_keys(nested, value, f"{where}.{key}" if where else str(key))
 

@@ -38,26 +38,24 @@ STEP = PREFIX + "step"
 
 # In order: the first pattern that is found in a name decides. Names seen in torchrec 1.8 and fbgemm 1.8 under
 # the plain loop, TrainPipelineBase and TrainPipelineSparseDist.
-_PATTERNS: tuple[tuple[re.Pattern[str], Part], ...] = tuple(
-    (re.compile(pattern), part)
-    for pattern, part in (
-        (r"^## (copy_batch|inplace_copy|load batch|load_batch|next_batch|wait_for_batch)", "data"),
-        (r"^\[(splits_dist|input_dist)\]", "input_exchange"),
-        (r"^## (all2all_data|dist_init|start_sparse_data_dist|wait_sparse_data_dist)", "input_exchange"),
-        (r"^## (\w*KJT\w*Awaitable|SplitsAllToAllAwaitable|runtime_forward_assemble_KJT)", "input_exchange"),
-        (r"(All2All|Alltoall|AllToAll|ReduceScatter|AllGather)\w*Backward", "backward_exchange"),
-        (r"^## (All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_bw", "backward_exchange"),
-        (r"^(All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_(Req|Wait)$", "embedding_exchange"),
-        (r"^## (All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_fwd", "embedding_exchange"),
-        (r"^\[output_dist\]", "embedding_exchange"),
-        (r"^## (all2all_|variable_batch_all2all_|reduce_scatter|all_gather)", "embedding_exchange"),
-        (r"^## (Embedding\w*|PooledEmbeddings\w*|SequenceEmbeddings\w*)Awaitable", "embedding_exchange"),
-        (r"^\[lookup\]|SplitLookupFunction_dense|^fbgemm::\w*(dense_embedding|bounds_check)", "lookup"),
-        (r"SplitLookupFunction|^fbgemm::split_embedding_backward", "optimizer"),
-        (r"^fbgemm::split_embedding_codegen", "lookup"),
-        (r"^## (optimizer|zero_grad)|^Optimizer\.", "optimizer"),
-    )
+_NAMES: tuple[tuple[str, Part], ...] = (
+    (r"^## (copy_batch|inplace_copy|load batch|load_batch|next_batch|wait_for_batch)", "data"),
+    (r"^\[(splits_dist|input_dist)\]", "input_exchange"),
+    (r"^## (all2all_data|dist_init|start_sparse_data_dist|wait_sparse_data_dist)", "input_exchange"),
+    (r"^## (\w*KJT\w*Awaitable|SplitsAllToAllAwaitable|runtime_forward_assemble_KJT)", "input_exchange"),
+    (r"(All2All|Alltoall|AllToAll|ReduceScatter|AllGather)\w*Backward", "backward_exchange"),
+    (r"^## (All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_bw", "backward_exchange"),
+    (r"^(All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_(Req|Wait)$", "embedding_exchange"),
+    (r"^## (All2All|Variable_Batch_All2All|ReduceScatter|AllGather)\w*_fwd", "embedding_exchange"),
+    (r"^\[output_dist\]", "embedding_exchange"),
+    (r"^## (all2all_|variable_batch_all2all_|reduce_scatter|all_gather)", "embedding_exchange"),
+    (r"^## (Embedding\w*|PooledEmbeddings\w*|SequenceEmbeddings\w*)Awaitable", "embedding_exchange"),
+    (r"^\[lookup\]|SplitLookupFunction_dense|^fbgemm::\w*(dense_embedding|bounds_check)", "lookup"),
+    (r"SplitLookupFunction|^fbgemm::split_embedding_backward", "optimizer"),
+    (r"^fbgemm::split_embedding_codegen", "lookup"),
+    (r"^## (optimizer|zero_grad)|^Optimizer\.", "optimizer"),
 )
+_PATTERNS = tuple((re.compile(pattern), part) for pattern, part in _NAMES)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,7 @@ def run_ranks(
         for rank in range(world):
             receiver, sender = context.Pipe(duplex=False)
             process = context.Process(
-                target=_rank, args=(sender, rank, world, port, timeout, connect, fn, args), daemon=True
+                target=_rank, args=(sender, rank, world, port, timeout, connect, fn, args), daemon=False
             )
             process.start()
             sender.close()

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -109,9 +108,7 @@ def test_a_codec_changes_the_losses_a_little_and_the_bytes_a_lot(tmp_path: Path,
     assert other[6] == pytest.approx(plain[6], rel=0.05)
     ratio = {"fp16": 2, "int8": 3.2, "mx4": 4}[codec]
     for direction in ("forward", "backward"):
-        sent = [
-            summary(tmp_path / name)["bytes_per_step"][direction] for name in ("plain", codec)
-        ]
+        sent = [summary(tmp_path / name)["bytes_per_step"][direction] for name in ("plain", codec)]
         assert sent[0] / sent[1] >= ratio
 
 

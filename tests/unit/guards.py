@@ -139,4 +139,8 @@ def _called(call: ast.Call) -> str:
 
 
 def _is_private(name: str) -> bool:
-    return name.startswith("_") and not name.startswith("__")
+    return name.startswith("_") and not name.startswith("__") and name not in _NAMED_TUPLE
+
+
+# Public in spite of their names: a named tuple keeps plain names free for its fields.
+_NAMED_TUPLE = ("_replace", "_asdict", "_fields", "_make")

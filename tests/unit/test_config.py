@@ -25,7 +25,18 @@ def test_every_choice_of_every_group_composes(group, choice):
 
 def test_the_groups_are_those_of_the_readme():
     assert list(help_text.groups()) == sorted(
-        ["data", "model", "sharding", "codec", "optimizer", "schedule", "train", "logging", "debug", "experiment"]
+        [
+            "data",
+            "model",
+            "sharding",
+            "codec",
+            "optimizer",
+            "schedule",
+            "train",
+            "logging",
+            "debug",
+            "experiment",
+        ]
     )
 
 

@@ -223,6 +223,18 @@ def test_prefetching_reads_ahead_but_no_further_than_told() -> None:
     batches.close()  # type: ignore[attr-defined]
 
 
+def test_closing_early_does_not_first_make_what_was_asked_ahead() -> None:
+    source = Numbered([4] * 40)
+    made: list[int] = []
+    read = source.read
+    source.read = lambda group: (time.sleep(0.02), made.append(group), read(group))[2]  # type: ignore[method-assign]
+    loader = Loader(source, replace(CONFIG, shuffle=False, prefetch=30), 0, 1)
+    batches = loader.iterate(loader.start(0))
+    next(batches)
+    batches.close()  # type: ignore[attr-defined]
+    assert len(made) < 30
+
+
 def wait_until(condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 10
     while not condition() and time.monotonic() < deadline:

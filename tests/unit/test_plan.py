@@ -56,6 +56,16 @@ def test_table_row_wise_spreads_tables_over_machines():
     assert {row.ranks for row in rows.values()} == {(0, 1), (2, 3)}
 
 
+def test_tables_too_small_to_split_go_table_wise_or_are_refused_where_named():
+    rows = plan(ShardingConfig(type="row_wise"), world=4)
+    # Blocks of 3, 3, 3, 1 and of 2, 2, 2, 1 rows fill 4 ranks; 9 ranks would get nothing of 10 rows.
+    assert {name: row.type for name, row in rows.items() if row.type != "row_wise"} == {}
+    rows = plan(ShardingConfig(type="row_wise"), world=6, local=6)
+    assert {name for name, row in rows.items() if row.type == "table_wise"} == {"t_b", "t_e"}
+    with pytest.raises(ValueError, match=r"t_b has 10 rows, too few"):
+        plan(ShardingConfig(type="table_wise", tables={"t_b": "row_wise"}), world=6, local=6)
+
+
 def test_grid_shard_names_the_width_it_needs():
     with pytest.raises(ValueError, match=r"t_a cannot be grid_shard.*128"):
         plan(ShardingConfig(type="grid_shard"))

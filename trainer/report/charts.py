@@ -13,7 +13,7 @@ from typing import Literal
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator
+from matplotlib.ticker import EngFormatter, FuncFormatter, MaxNLocator, StrMethodFormatter
 
 _SIZE_INCHES = (5.0, 2.7)
 _MOST_POINTS = 500
@@ -80,6 +80,8 @@ def line_chart(title: str, series: Sequence[Series], unit: Unit = "", from_zero:
             steps, values = _thinned(one.steps, one.values, _MOST_POINTS)
             marker = "o" if one.dots or len(values) == 1 else None
             axes.plot(steps, values, color=_SERIES[one.colour], marker=marker, markersize=3.5)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
         if from_zero:
             axes.set_ylim(bottom=0)
 

@@ -1,5 +1,6 @@
 """``report.html``: one self-contained page about a run, from its ``run.json`` and ``metrics.jsonl`` alone."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def render(run: Record, records: Sequence[Record], folder_name: str) -> str:
         scores=_score_rows(run),
         has_best=bool(run.get("bayes_auc")),
         plan=_plan_rows(run),
+        plan_total=_plan_total(run),
         facts=_facts(run),
         settings=list(flattened(run.get("config") or {})),
         warnings=list(warnings),
@@ -124,17 +126,17 @@ def _charts(run: Record, records: Sequence[Record]) -> list[Chart]:
     if any(_known(one) for one in ranked):
         best = run.get("bayes_auc") or {}
         levels = [
-            Series(
-                label=f"{one.label}: best possible", steps=(), values=[best[one.label]], level=True, colour=i
+            dataclasses.replace(
+                one, label=f"{one.label}: best possible", values=[best[one.label]], level=True
             )
-            for i, one in enumerate(ranked, start=3)
+            for one in ranked
             if best.get(one.label) is not None
         ]
         charts.append(line_chart("AUC", [*ranked, *levels]))
     if train:
         charts.append(line_chart("Speed", [trained("rows_per_s", "train")], "rows/s", from_zero=True))
         sent = [trained(f"{purpose}_bytes", label, i) for i, (purpose, label) in enumerate(_PURPOSES)]
-        charts.append(line_chart("Sent between ranks a step", sent, "bytes", from_zero=True))
+        charts.append(bar_chart("Sent between ranks a step", sent, "bytes"))
     sampled = [r for r in records if r["kind"] == "split"]
     if sampled:
         layers = [
@@ -182,6 +184,16 @@ def _plan_rows(run: Record) -> list[list[str]]:
         ]
         for r in rows
     ]
+
+
+def _plan_total(run: Record) -> str:
+    """What the plan promised to send in a step, against what was sent."""
+    predicted = sum(row.get("predicted_bytes_per_step") or 0 for row in run.get("plan") or [])
+    sent = run.get("bytes_per_step") or {}
+    told = f"Predicted in all: {size(predicted)} a step of embeddings and gradients"
+    if not sent:
+        return f"{told}."
+    return f"{told}; measured: {size((sent.get('forward') or 0) + (sent.get('backward') or 0))}."
 
 
 def _facts(run: Record) -> list[tuple[str, str]]:

@@ -143,8 +143,7 @@ class _Preparation:
 
     def write(self, numberings: Sequence[Vocabulary | Hashing], title: str) -> Schema:
         """The second pass: the parts, and with the last of them the destination."""
-        inside = {"files": inputs.identity(self.files), "ids": [each.cardinality for each in numberings]}
-        stage = self.work.stage("write", {**self.settings.output(), **inside})
+        stage = self.work.stage("write", {**self.settings.output(), "files": inputs.identity(self.files)})
         tally = self.tally()
         for entry in stage.entries:
             tally.restore(entry["tally"])
@@ -239,7 +238,7 @@ def _last(stage: Stage) -> tuple[int, Position, int]:
 
 
 def _parse(piece: Piece, file: Path) -> tuple[Rows, Faults]:
-    rows, faults = parse(piece.data, str(file), piece.start.line + 1)
+    rows, faults = parse(piece.data, piece.lines, str(file), piece.start.line + 1)
     if piece.problem:
         faults.add(piece.fault(file))
     return rows, faults

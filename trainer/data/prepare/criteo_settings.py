@@ -31,8 +31,8 @@ class CriteoSettings(PrepareSettings):
     """Settings of ``prepare criteo``."""
 
     src: str
-    """The click logs, one or several days: files, globs in quotes, and folders (of *.tsv, train*.txt and day_N),
-    separated by commas; plain, gzip or xz."""
+    """The click logs, one or several days: files, globs in quotes, and folders (of *.tsv, train*.txt and
+    day_N), separated by commas; plain, gzip or xz."""
 
     errors: ErrorMode = "tolerant"
     """strict: stop at the first bad line, naming file, line and value. tolerant: count bad lines by kind,

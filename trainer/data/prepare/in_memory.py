@@ -71,7 +71,7 @@ def read_lines(path: Path, parse: Callable[[bytes], None], tally: Tally, console
     with Meter(f"reading {path.name}", path.stat().st_size, 0, console) as meter:
         for piece in inputs.pieces([path], inputs.WINDOW_BYTES, 0, inputs.Position()):
             faults = Faults()
-            for number, line in enumerate(piece.data.splitlines(), piece.start.line + 1):
+            for number, line in piece.numbered_lines():
                 try:
                     if b"\0" in line:
                         raise BadLine("NUL byte", "the line holds a NUL byte", line)

@@ -7,12 +7,18 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from io import BufferedReader
+from io import BufferedIOBase, BufferedReader
 from pathlib import Path
-from typing import IO, cast
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
 
 from tightrec.trainer.data.prepare.rejects import Reject
 
+Text = NDArray[np.uint8]
+
+NEWLINE = 10
 WINDOW_BYTES = 4 << 20
 """Text read at a time where a data set fits in memory."""
 
@@ -21,6 +27,9 @@ LINE_BYTES = 4 << 10
 
 ENDINGS = ("", ".gz", ".xz")
 """How a file may be compressed; told apart by its first bytes, whatever its name."""
+
+_STEP_BYTES = 1 << 18
+"""Text searched for line ends at a time."""
 
 _DAMAGE = (EOFError, gzip.BadGzipFile, zlib.error, lzma.LZMAError)
 _OPENERS = ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ\x00", lzma.open))
@@ -53,7 +62,7 @@ class Piece:
     end: Position
     """Where it ends."""
 
-    data: bytes
+    data: Text
     """The text; the last line has an end too."""
 
     problem: str
@@ -66,6 +75,11 @@ class Piece:
     def lines(self) -> int:
         """Number of lines."""
         return self.end.line - self.start.line
+
+    def numbered_lines(self) -> Iterator[tuple[int, bytes]]:
+        """Number in the file, from 1, and text of each line, without its end (LF or CR LF)."""
+        lines = self.data.tobytes().split(b"\n")[:-1]
+        yield from ((at, line.removesuffix(b"\r")) for at, line in enumerate(lines, self.start.line + 1))
 
     @property
     def next(self) -> Position:
@@ -148,7 +162,7 @@ def pieces(files: Sequence[Path], piece_bytes: int, done: int, start: Position) 
             else:
                 _skip(text, start.offset)
             for data, taken, problem in _windows(text, piece_bytes):
-                count = data.count(b"\n")
+                count = _count_lines(data)
                 end = Position(file=at, offset=start.offset + taken, line=start.line + count)
                 if not end.offset:
                     problem = problem or "the file is empty"
@@ -162,51 +176,70 @@ def pieces(files: Sequence[Path], piece_bytes: int, done: int, start: Position) 
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tuple[BufferedReader, IO[bytes]]]:
+def _opened(path: Path) -> Iterator[tuple[BufferedReader, BufferedIOBase]]:
     """The file as it lies on the disk, and its text."""
     try:
         with path.open("rb") as raw:
             magic = raw.peek(6)
             opener = next((opener for start, opener in _OPENERS if magic.startswith(start)), None)
-            yield raw, cast(IO[bytes], opener(raw) if opener else raw)
+            yield raw, cast(BufferedIOBase, opener(raw) if opener else raw)
     except OSError as error:
         raise ValueError(f"{path} cannot be read ({error.strerror or error}). Check the file.") from None
 
 
-def _windows(text: IO[bytes], size: int) -> Iterator[tuple[bytes, int, str]]:
+def _windows(text: BufferedIOBase, size: int) -> Iterator[tuple[Text, int, str]]:
     """The whole lines within the next ``size`` bytes, the bytes they took, and what ended the text early."""
-    rest, dropped, ended = b"", 0, False
+    rest, dropped, ended = np.empty(0, np.uint8), 0, False
     while not ended:
-        more, ended, problem = _read(text, size - len(rest))
-        data = rest + more
-        cut = len(data) if ended and not problem else data.rfind(b"\n") + 1
-        if cut or ended:
-            whole, rest = data[:cut], data[cut:]
-            yield whole if whole.endswith(b"\n") or not whole else whole + b"\n", dropped + cut, problem
+        data = np.empty(size + 1, np.uint8)
+        data[: len(rest)] = rest
+        filled, ended, problem = _fill(text, data[:size], len(rest))
+        cut = _last_line_end(data[:filled])
+        if ended and not problem and cut < filled:
+            # The last line has no end: it is given one.
+            data[filled] = NEWLINE
+            yield data[: filled + 1], dropped + filled, ""
+        elif cut or ended:
+            rest = data[cut:filled].copy()
+            yield data[:cut], dropped + cut, problem
             dropped = 0
         else:
             # One line longer than a window: its head stands for it, and any parser refuses it.
-            rest = data[: min(LINE_BYTES, size // 2)]
-            dropped += len(data) - len(rest)
+            rest = data[: min(LINE_BYTES, size // 2)].copy()
+            dropped += size - len(rest)
 
 
-def _read(text: IO[bytes], size: int) -> tuple[bytes, bool, str]:
-    """The next ``size`` bytes, or those before the text's end or damage; whether it ended, and the damage."""
-    found: list[bytes] = []
-    while size:
-        # read1, because read() loses what it has in hand when it meets the damage.
+def _fill(text: BufferedIOBase, data: Text, filled: int) -> tuple[int, bool, str]:
+    """Read on to fill ``data``; returns how far it is filled, whether the text ended, and its damage."""
+    view = memoryview(data)  # type: ignore[arg-type]
+    while filled < len(data):
+        # readinto1, because readinto loses what it has in hand when it meets the damage.
         try:
-            some = text.read1(size)  # type: ignore[attr-defined]
+            count = text.readinto1(view[filled:])
         except _DAMAGE as error:
-            return b"".join(found), True, f"the compressed file is damaged or cut short ({error})"
-        if not some:
-            return b"".join(found), True, ""
-        found.append(some)
-        size -= len(some)
-    return b"".join(found), False, ""
+            return filled, True, f"the compressed file is damaged or cut short ({error})"
+        if not count:
+            return filled, True, ""
+        filled += count
+    return filled, False, ""
 
 
-def _skip(text: IO[bytes], size: int) -> None:
+def _last_line_end(data: Text) -> int:
+    """Place behind the last line end, 0 where there is none."""
+    for end in range(len(data), 0, -_STEP_BYTES):
+        start = max(end - _STEP_BYTES, 0)
+        ends = np.flatnonzero(data[start:end] == NEWLINE)
+        if len(ends):
+            return start + int(ends[-1]) + 1
+    return 0
+
+
+def _count_lines(data: Text) -> int:
+    steps = range(0, len(data), _STEP_BYTES)
+    return sum(int(np.count_nonzero(data[step : step + _STEP_BYTES] == NEWLINE)) for step in steps)
+
+
+def _skip(text: BufferedIOBase, size: int) -> None:
     while size:
         size -= len(text.read(min(size, WINDOW_BYTES)))
 

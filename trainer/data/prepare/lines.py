@@ -58,13 +58,13 @@ class Rows:
     """[R], line number within the file, from 1."""
 
 
-def parse(data: bytes, file: str, first_line: int) -> tuple[Rows, Faults]:
-    """Parse ``data``, whole lines of ``file`` of which the first has the number ``first_line``.
+def parse(data: NDArray[np.uint8], lines: int, file: str, first_line: int) -> tuple[Rows, Faults]:
+    """Parse ``data``, ``lines`` whole lines of ``file`` of which the first has the number ``first_line``.
 
     A line may end in CR LF. An integer is a decimal number of up to 18 digits, possibly negative, or
     blank; a category is 1 to 8 hex digits, or blank.
     """
-    most = min(data.count(b"\n"), len(data) // _SHORTEST_LINE_BYTES)
+    most = min(lines, len(data) // _SHORTEST_LINE_BYTES)
     # The columns of a power-of-two length would all fall on the same few cache lines: hence the odd tail.
     stride = most + 331
     rows = Rows(
@@ -74,14 +74,13 @@ def parse(data: bytes, file: str, first_line: int) -> tuple[Rows, Faults]:
         missing=np.empty(stride, dtype=np.uint32),
         line=np.empty(stride, dtype=np.int64),
     )
-    text = np.frombuffer(data, dtype=np.uint8)
     found = np.empty((64, 4), dtype=np.int64)
     faults = Faults()
     row = start = 0
     line = first_line
     while start < len(data):
         row, line, start, count = _parse(
-            text,
+            data,
             start,
             row,
             line,
@@ -95,7 +94,7 @@ def parse(data: bytes, file: str, first_line: int) -> tuple[Rows, Faults]:
             _LOGS,
         )
         for fault in found[:count].tolist():
-            faults.add(_reject(file, data, *fault))
+            faults.add(_reject(file, data[fault[2] : fault[3]].tobytes(), *fault[:2]))
     good = Rows(
         label=rows.label[:row],
         dense=rows.dense[:, :row],
@@ -188,8 +187,8 @@ def _parse(  # type: ignore[no-untyped-def]
     return row, line, start, found
 
 
-def _reject(file: str, block: bytes, line: int, fault: int, start: int, end: int) -> Reject:
-    text = bytes(block[start:end]).removesuffix(b"\r")
+def _reject(file: str, text: bytes, line: int, fault: int) -> Reject:
+    text = text.removesuffix(b"\r")
     foreign = next((i for i, byte in enumerate(text) if byte == 0 or byte > 127), None)
     if foreign is not None:
         kind = "NUL byte" if text[foreign] == 0 else "encoding"

@@ -17,6 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+_LONGEST = 200
+"""Most characters of a pair of differing values in an error."""
+
 
 class Stage:
     """One step of the work, continued part by part."""
@@ -131,7 +134,8 @@ def write_text(path: Path, text: str) -> None:
 def _refuse_other(there: Mapping[str, Any], here: Mapping[str, Any], folder: Path) -> None:
     differing = [key for key in {**there, **here} if there.get(key) != here.get(key)]
     if differing:
-        told = "; ".join(f"{key}: {there.get(key)} there, {here.get(key)} here" for key in differing)
+        pairs = [(key, f"{there.get(key)} there, {here.get(key)} here") for key in differing]
+        told = "; ".join(f"{key}: {pair if len(pair) <= _LONGEST else 'differs'}" for key, pair in pairs)
         raise ValueError(
             f"{folder} holds an unfinished preparation from other settings or inputs ({told}). "
             "Give the same ones to continue it, or restart=true to begin anew."
