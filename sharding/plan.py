@@ -140,8 +140,9 @@ def _forced_types(
         kind_of = forced.get(table.name)
         if kind_of in ROW_SPLIT and not fills_ranks(table.num_embeddings, _holders(kind_of, cluster)):
             raise ValueError(
-                f"sharding.tables: table {table.name} has {table.num_embeddings} rows, too few to give each of "
-                f"{_holders(kind_of, cluster)} ranks a part by {kind_of}. Use table_wise or column_wise for it."
+                f"sharding.tables: table {table.name} has {table.num_embeddings} rows, too few to give "
+                f"each of {_holders(kind_of, cluster)} ranks a part by {kind_of}. Use table_wise or "
+                "column_wise for it."
             )
     return forced
 

@@ -23,13 +23,13 @@ def main(words: list[str]) -> int:
         require_versions()
         # Deferred so that a mismatched torch, torchrec and fbgemm are told in words by the line above
         # before a loader fails on them.
-        from tightrec.trainer import config, help_text
+        from tightrec.trainer import config, help_text, job
 
         if "--help" in words or "-h" in words:
             _print_once(help_text.text())
             return FINISHED
         overrides = [word for word in words if word not in ("--cfg", "job")]
-        job, plain = config.load(overrides)
+        settings, plain = config.load(overrides)
         if "--cfg" in words:
             _print_once(config.yaml(plain))
             return FINISHED
@@ -41,10 +41,16 @@ def main(words: list[str]) -> int:
         else:
             time.sleep(5)
         return MISTAKEN
-    from tightrec.trainer.job import run
-
+    except (ImportError, OSError) as error:
+        print(
+            f"error: the versions fit, but a library cannot be loaded: {error}\n"
+            "Run `python -m tightrec.trainer.doctor` to see which, or `make distclean setup`.",
+            file=sys.stderr,
+            flush=True,
+        )
+        return MISTAKEN
     try:
-        return run(job, plain, overrides)
+        return job.run(settings, plain, overrides)
     except (ValueError, ArithmeticError) as error:
         _tell(error)
         return FAILED if isinstance(error, ArithmeticError) else MISTAKEN
@@ -57,9 +63,10 @@ def _tell(error: Exception) -> None:
     """Print the words, and hand them to torchrun, whose closing summary shows them again."""
     from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 
-    print(f"error (rank {os.environ.get('RANK', '0')}): {error}", file=sys.stderr, flush=True)
+    words = "\n".join([str(error), *getattr(error, "__notes__", [])])
+    print(f"error (rank {os.environ.get('RANK', '0')}): {words}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
-        get_error_handler().record_exception(error)
+        get_error_handler().record_exception(error.with_traceback(None))
 
 
 def _print_once(text: str) -> None:

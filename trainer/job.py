@@ -3,7 +3,6 @@
 import dataclasses
 import fnmatch
 import json
-import sys
 import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
@@ -64,6 +63,10 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
             log.say("dry run: stopped before the first step")
             return 0
         outcome = _train(config, ranks, folder, checkpoint, built, sources, request, log)
+        if outcome.status == "stopped":
+            log.say(
+                f"stopped by {request.signal_name or 'a signal to another rank'}; resume={folder} goes on"
+            )
         _close(outcome, folder, sources, log)
     return 0
 
@@ -176,7 +179,8 @@ def _describe(
     moved = [r.table for r in built.plan if r.type != wanted and r.table not in _overridden(config, built)]
     if wanted != "auto" and moved:
         log.warn(
-            f"{len(moved)} table(s) ({_some(moved)}) have too few rows for {wanted} and are table_wise instead."
+            f"{len(moved)} table(s) ({_some(moved)}) have too few rows for {wanted}: "
+            "they are table_wise instead."
         )
     replicated = [row.table for row in built.plan if row.type == "data_parallel"]
     if replicated:
@@ -218,10 +222,10 @@ def _traced_failure(folder: Path, ranks: Ranks) -> Iterator[None]:
     """Keep the traceback of a failure in the run folder; the console gets the sentence."""
     try:
         yield
-    except (ValueError, NotANumber):
+    except (ValueError, NotANumber) as error:
         folder.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with (folder / f"error-rank{ranks.rank}.log").open("a") as file:
             file.write(f"{stamp}\n{traceback.format_exc()}\n")
-        print(f"(traceback in {folder}/error-rank{ranks.rank}.log)", file=sys.stderr)
+        error.add_note(f"(traceback in {folder}/error-rank{ranks.rank}.log)")
         raise

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import nn
 from torch import distributed as dist
+from torch import nn
 
 from tightrec.sharding.traffic import Traffic
 from tightrec.trainer.checkpoint import Checkpointer

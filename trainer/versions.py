@@ -97,7 +97,11 @@ class Problem:
 
 def installed() -> Environment:
     """Describe this interpreter and machine, importing none of the packages."""
-    packages = {normalised(d.name): d.version for d in importlib.metadata.distributions() if d.name}
+    packages: dict[str, str] = {}
+    for found in importlib.metadata.distributions():
+        if found.name:
+            # The first on the path is the one that an import takes.
+            packages.setdefault(normalised(found.name), found.version)
     return Environment(packages=packages, python=sys.version_info[:2], driver=driver_answers())
 
 

@@ -80,10 +80,12 @@ def test_a_run_killed_in_either_pass_continues_to_the_same_bytes(tmp_path: Path)
     assert "1 of 2, counting ids: continuing behind" in told
     assert code == -signal.SIGKILL
     assert not out.exists()
-    # A kill in the middle of an append leaves a torn line, and one in the middle of a part half a file.
+    # A kill in the middle of an append leaves a torn line, one in the middle of a part half a file.
     with (partial / "write" / "journal.jsonl").open("ab") as journal:
         journal.write(b'{"done": 99')
-    (partial / "write" / "out" / "train" / "part-00099.parquet.partial").write_bytes(b"PAR1")
+    following = f"part-{journal_lines(partial / 'write') + 1:05d}.parquet"
+    for half in (following, following + ".partial"):
+        (partial / "write" / "out" / "train" / half).write_bytes(b"PAR1")
 
     ended = run([*words, "threads=1"])
     assert ended.returncode == 0, ended.stderr

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from tightrec.trainer.optimizer import DenseOptimizer, ScheduleConfig, TableOptimizer, fused_parameters
+from tightrec.trainer.optimizer import (
+    DenseOptimizer,
+    ScheduleConfig,
+    TableOptimizer,
+    fused_parameters,
+)
 
 
 @pytest.mark.parametrize(
@@ -17,7 +22,10 @@ from tightrec.trainer.optimizer import DenseOptimizer, ScheduleConfig, TableOpti
         ),
         ({"decay": "poly", "decay_steps": 2, "power": 2.0}, {0: 0.25, 1: 0.0, 2: 0.0}),
         ({"decay": "cosine", "decay_steps": 2}, {0: 0.5, 1: 0.0}),
-        ({"warmup_steps": 2, "decay": "linear", "decay_start": 2, "decay_steps": 2}, {0: 0.5, 1: 1.0, 2: 0.5}),
+        (
+            {"warmup_steps": 2, "decay": "linear", "decay_start": 2, "decay_steps": 2},
+            {0: 0.5, 1: 1.0, 2: 0.5},
+        ),
     ],
 )
 def test_the_schedule_has_the_values_its_words_say(config, expected):

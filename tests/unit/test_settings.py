@@ -56,4 +56,5 @@ def test_nested_words_do_not_swallow_a_plain_value():
 
 
 def test_mappings_are_checked_like_words():
-    assert from_mapping(Outer, {"path": "x", "inner": {"size": 2}}, "") == Outer(path="x", inner=Inner(size=2))
+    made = from_mapping(Outer, {"path": "x", "inner": {"size": 2}}, "")
+    assert made == Outer(path="x", inner=Inner(size=2))

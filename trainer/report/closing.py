@@ -6,8 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tightrec.sharding.plan_table import size
-from tightrec.trainer.report.figures import DASH, count, figure
+from tightrec.trainer.report.figures import count, figure, size
 
 
 def final_table(run: Mapping[str, Any]) -> Table:
@@ -45,6 +44,6 @@ def closing_lines(run: Mapping[str, Any]) -> list[str]:
     lines = [f"{run.get('status', 'unknown')}{reason}: {steps}"]
     sent = run.get("bytes_per_step")
     if sent:
-        amounts = (f"{name} {DASH if sent[name] is None else size(sent[name])}" for name in sent)
-        lines.append(f"bytes a step between ranks, all together: {', '.join(amounts)}")
+        amounts = (f"{name} {size(amount)}" for name, amount in sent.items())
+        lines.append(f"sent a step, all ranks: {', '.join(amounts)}")
     return lines

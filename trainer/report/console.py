@@ -8,8 +8,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tightrec.sharding.plan_table import size
-from tightrec.trainer.report.figures import duration, figure
+from tightrec.trainer.report.figures import duration, figure, size
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 import math
 
+from rich.filesize import decimal
+
 DASH = "–"
 
 
@@ -13,6 +15,11 @@ def figure(value: float | None, digits: int = 4) -> str:
 def count(value: float | None) -> str:
     """A whole number with thousands separated."""
     return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
+
+
+def size(value: float | None) -> str:
+    """A number of bytes: 512 bytes, 3.2 kB, 17.0 MB (powers of 1000)."""
+    return DASH if value is None or math.isnan(value) else decimal(round(value))
 
 
 def duration(seconds: float) -> str:

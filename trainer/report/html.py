@@ -1,15 +1,15 @@
 """``report.html``: one self-contained page about a run, from its ``run.json`` and ``metrics.jsonl`` alone."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from tightrec.sharding.plan_table import size
 from tightrec.trainer.report.charts import Chart, Series, bar_chart, line_chart
-from tightrec.trainer.report.figures import DASH, count, duration, figure
+from tightrec.trainer.report.figures import count, duration, figure, size
 from tightrec.trainer.report.records import read_records, read_run
 from tightrec.trainer.step_split import PARTS
 
@@ -85,7 +85,7 @@ def _tiles(run: Record) -> list[tuple[str, str]]:
         tiles.append(("rows/s", count(run["rows_per_s"])))
     sent = run.get("bytes_per_step") or {}
     if sent:
-        tiles.append(("sent between ranks a step", _size(sum(value or 0 for value in sent.values()))))
+        tiles.append(("sent between ranks a step", size(sum(value or 0 for value in sent.values()))))
     if run.get("steps") is not None:
         tiles.append(("steps", count(run["steps"])))
     if run.get("seconds") is not None:
@@ -141,7 +141,7 @@ def _charts(run: Record, records: Sequence[Record]) -> list[Chart]:
     if sampled:
         layers = [
             Series(
-                label=part.replace("_", " "),
+                label=f"{part.replace('_', ' ')} {figure(_mean(r.get(part) for r in sampled), digits=1)} ms",
                 steps=[r["step"] for r in sampled],
                 values=[r.get(part) for r in sampled],
                 colour=colour,
@@ -150,6 +150,11 @@ def _charts(run: Record, records: Sequence[Record]) -> list[Chart]:
         ]
         charts.append(bar_chart("Where a step's time goes", layers, "ms"))
     return charts
+
+
+def _mean(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else math.nan
 
 
 def _known(series: Series) -> bool:
@@ -179,8 +184,8 @@ def _plan_rows(run: Record) -> list[list[str]]:
             str(r.get("type")),
             ", ".join(map(str, r.get("ranks") or [])),
             f"{count(r.get('rows'))} × {r.get('dim')}",
-            _size(r.get("memory_bytes")),
-            _size(r.get("predicted_bytes_per_step")),
+            size(r.get("memory_bytes")),
+            size(r.get("predicted_bytes_per_step")),
         ]
         for r in rows
     ]
@@ -213,11 +218,7 @@ def _facts(run: Record) -> list[tuple[str, str]]:
         "versions": ", ".join(f"{name} {v}" for name, v in (run.get("versions") or {}).items()),
         "system": host.get("system"),
         "processor": f"{host['processor']}, {host.get('cores')} cores" if host.get("processor") else None,
-        "memory": _size(host["memory_bytes"]) if host.get("memory_bytes") else None,
+        "memory": size(host["memory_bytes"]) if host.get("memory_bytes") else None,
         "GPU": host.get("gpu"),
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]
-
-
-def _size(value: float | None) -> str:
-    return DASH if value is None else size(value)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from tightrec.trainer.data.prepare.rejects import ErrorMode, Tally
-from tightrec.trainer.data.prepare.work import Stage, Work
+from tightrec.trainer.data.prepare.work import Stage, Work, written
 from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
 
 NOT_OUTPUT = ("dst", "overwrite", "restart", "memory_gb", "threads")
@@ -98,10 +97,9 @@ def write_part(folder: Path, split: str, index: int, table: pa.Table, row_group_
     """
     path = folder / split / f"part-{index:05d}.parquet"
     path.parent.mkdir(exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     groups = math.ceil(table.num_rows / row_group_rows)
     ids = {field.name: "BYTE_STREAM_SPLIT" for field in table.schema if field.type == pa.int64()}
-    with partial.open("wb") as file:
+    with written(path) as file:
         pq.write_table(
             table,
             file,
@@ -111,9 +109,6 @@ def write_part(folder: Path, split: str, index: int, table: pa.Table, row_group_
             use_dictionary=[name for name in table.column_names if name not in ids],
             column_encoding=ids,
         )
-        file.flush()
-        os.fsync(file.fileno())
-    partial.rename(path)
 
 
 def publish(

@@ -34,7 +34,7 @@ from tightrec.trainer.data.prepare.vocabulary import (
     merged,
     spilled_runs,
 )
-from tightrec.trainer.data.prepare.work import Stage, Work
+from tightrec.trainer.data.prepare.work import Stage, Work, written
 from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
 
 FOLDER_PATTERNS = ("*.tsv", "train*.txt", "day_[0-9]", "day_[0-9][0-9]")
@@ -93,7 +93,8 @@ class _Preparation:
         for column in range(len(stage.entries), CATEGORIES):
             runs = merged(spilled_runs(counts.out, ends, column), most=budget_bytes // (4 * ENTRY_BYTES))
             choice = Choice(min_count=least, max_ids=most, hold=budget_bytes // BYTES_PER_ID).take(runs)
-            np.save(stage.out / f"{column}.npy", choice.ids)
+            with written(stage.out / f"{column}.npy") as file:
+                np.save(file, choice.ids)
             stage.finish({"ids": choice.count, "histogram": choice.histogram.tolist()})
         ids = sum(entry["ids"] for entry in stage.entries)
         if ids * BYTES_PER_ID > budget_bytes:
@@ -152,22 +153,22 @@ class _Preparation:
             file = self.files[piece.start.file]
             rows, faults = _parse(piece, file)
             splits = self.splits(rows, file)
-            written = {}
+            parts = {}
             for code, split in enumerate(SPLITS):
                 chosen = np.flatnonzero(splits == code)
                 if len(chosen):
                     table = _table(rows, chosen, numberings)
                     write_part(stage.out, split, piece.index, table, self.settings.row_group_rows)
-                    written[split] = len(chosen)
-            return written, faults
+                    parts[split] = len(chosen)
+            return parts, faults
 
         held_bytes = 0
         if self.settings.ids == "vocabulary":
             held_bytes = sum(each.cardinality for each in numberings) * BYTES_PER_ID
-        for piece, (written, faults) in self.walk(title, stage, self.files, write_piece, held_bytes):
+        for piece, (parts, faults) in self.walk(title, stage, self.files, write_piece, held_bytes):
             told = tally.add(piece.lines, faults)
             entry = {"done": piece.index + 1, "next": asdict(piece.next), "read_bytes": piece.read_bytes}
-            stage.finish({**entry, "rows": written, "tally": told})
+            stage.finish({**entry, "rows": parts, "tally": told})
         columns = zip(NAMES[1 + INTEGERS :], numberings, strict=True)
         return publish(
             self.work,

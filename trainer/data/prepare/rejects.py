@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from tightrec.trainer.data.prepare.work import write_text
+from tightrec.trainer.data.prepare.work import written
 
 ErrorMode = Literal["strict", "tolerant"]
 
@@ -105,9 +105,8 @@ class Tally:
     def save(self, folder: Path) -> None:
         """Write the sample to ``rejects.jsonl``, where there is any."""
         if self.samples:
-            write_text(
-                folder / REJECTS_FILE, "".join(json.dumps(asdict(each)) + "\n" for each in self.samples)
-            )
+            with written(folder / REJECTS_FILE) as file:
+                file.writelines(json.dumps(asdict(each)).encode() + b"\n" for each in self.samples)
 
     def summary(self) -> str:
         """One sentence on the bad lines."""

@@ -13,6 +13,8 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from tightrec.trainer.data.prepare.work import written
+
 ENTRY_BYTES = 12
 """Memory of an id and its count."""
 
@@ -60,8 +62,10 @@ class RunCounter:
             while len(held) > 1:
                 held.append(Run(*_merge(*held.pop(), *held.pop())))
             whole.append(held.pop() if held else Run(np.empty(0, np.uint32), np.empty(0, np.int64)))
-        np.save(folder / f"{index:05d}.ids.npy", np.concatenate([run.ids for run in whole]))
-        np.save(folder / f"{index:05d}.counts.npy", np.concatenate([run.counts for run in whole]))
+        with written(folder / f"{index:05d}.ids.npy") as file:
+            np.save(file, np.concatenate([run.ids for run in whole]))
+        with written(folder / f"{index:05d}.counts.npy") as file:
+            np.save(file, np.concatenate([run.counts for run in whole]))
         return np.cumsum([len(run.ids) for run in whole]).tolist()
 
 

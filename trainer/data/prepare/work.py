@@ -12,10 +12,11 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, BinaryIO
 
 _LONGEST = 200
 """Most characters of a pair of differing values in an error."""
@@ -44,7 +45,8 @@ class Stage:
         else:
             shutil.rmtree(folder, ignore_errors=True)
             self.out.mkdir(parents=True)
-            write_text(known, json.dumps(wanted, indent=1) + "\n")
+            with written(known) as file:
+                file.write(json.dumps(wanted, indent=1).encode() + b"\n")
 
     def finish(self, entry: Mapping[str, Any]) -> None:
         """Journal one finished part."""
@@ -121,11 +123,12 @@ class Work:
         shutil.rmtree(self.folder)
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` such that it exists only complete and flushed to the disk."""
+@contextmanager
+def written(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to, which becomes ``path`` when it is complete and flushed to the disk."""
     partial = path.with_name(path.name + ".partial")
-    with partial.open("w") as file:
-        file.write(text)
+    with partial.open("wb") as file:
+        yield file
         file.flush()
         os.fsync(file.fileno())
     partial.rename(path)
