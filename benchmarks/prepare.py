@@ -55,66 +55,54 @@ class Figure:
     seconds: float
     peak_bytes: int
 
-    def line(self, baseline: "Figure") -> str:
-        speed, base = self.rows / self.seconds, baseline.rows / baseline.seconds
-        return (
-            f"| {self.name} | {self.text_bytes / 1e9:.2f} | {self.rows:,} | {self.seconds:.1f} | {speed:,.0f} "
-            f"| {self.peak_bytes / (1 << 20):,.0f} | {speed / base:.1f}x |"
-        )
+    @property
+    def speed(self) -> float:
+        """Rows per second."""
+        return self.rows / self.seconds
+
+    def line(self, ratio: float) -> str:
+        """The figures as a row of the table."""
+        cells = [self.name, f"{self.text_bytes / 1e9:.2f}", f"{self.rows:,}", f"{self.seconds:.1f}"]
+        cells += [f"{self.speed:,.0f}", f"{self.peak_bytes / (1 << 20):,.0f}", f"{ratio:.1f}x"]
+        return f"| {' | '.join(cells)} |"
 
 
 def main(words: list[str]) -> None:
     own = {"sizes_gb": "0.5,2", "torchrec_rows": "200000", "folder": ""}
     given = dict(word.split("=", 1) for word in words)
     own |= {key: given.pop(key) for key in list(given) if key in own}
+    sizes_gb = [float(size) for size in own["sizes_gb"].split(",")]
     folder = Path(tempfile.mkdtemp(prefix="prepare-", dir=own["folder"] or None))
     try:
-        figures = measure(
-            folder, [float(size) for size in own["sizes_gb"].split(",")], int(own["torchrec_rows"]), given
-        )
+        pairs = [measure(folder, size_gb, int(own["torchrec_rows"]), given) for size_gb in sizes_gb]
     finally:
         shutil.rmtree(folder)
-    print(
-        f"\n{platform.processor() or platform.machine()}, {len(sched_getaffinity(0))} cores, Python ", end=""
-    )
-    print(
-        f"{platform.python_version()}, "
-        + ", ".join(f"{p} {version(p)}" for p in ("torchrec", "pyarrow", "numba"))
-    )
+    libraries = ", ".join(f"{name} {version(name)}" for name in ("torchrec", "pyarrow", "numba", "numpy"))
+    print(f"\n{platform.processor() or platform.machine()}, {len(sched_getaffinity(0))} cores")
+    print(f"Python {platform.python_version()}, {libraries}")
     print("settings: " + (" ".join(f"{key}={value}" for key, value in given.items()) or "defaults") + "\n")
     print("| conversion | text, GB | rows | seconds | rows/s | peak memory, MiB | rows/s to torchrec |")
     print("|---|---|---|---|---|---|---|")
-    for figure in figures:
-        print(figure.line(figures[0]))
+    for baseline, ours in pairs:
+        print(baseline.line(1.0))
+        print(ours.line(ours.speed / baseline.speed))
 
 
 def measure(
-    folder: Path, sizes_gb: list[float], torchrec_rows: int, settings: dict[str, str]
-) -> list[Figure]:
-    words = [f"{key}={value}" for key, value in settings.items()]
-    figures = []
-    for at, size_gb in enumerate(sizes_gb):
-        source, target = folder / f"day_{at}", folder / "out"
-        rows = generate(source, int(size_gb * 1e9))
-        if not figures:
-            part = folder / "slice.tsv"
-            with source.open("rb") as lines, part.open("wb") as file:
-                file.writelines(islice(lines, torchrec_rows))
-            figures.append(
-                convert(
-                    "torchrec tsv_to_npys", TORCHREC, min(rows, torchrec_rows), part, [str(part), str(target)]
-                )
-            )
-        # Compiled code comes from the cache, as in every run but the first after an installation.
-        convert(
-            "warm-up", OURS, 1, part, ["criteo", f"src={part}", f"dst={target}", "overwrite=true", *words]
-        )
-        name = f"tightrec prepare, {size_gb:g} GB"
-        arguments = ["criteo", f"src={source}", f"dst={target}", "overwrite=true", *words]
-        figures.append(convert(name, OURS, rows, source, arguments))
-        source.unlink()
-        shutil.rmtree(target)
-    return figures
+    folder: Path, size_gb: float, torchrec_rows: int, settings: dict[str, str]
+) -> tuple[Figure, Figure]:
+    """Figures of torchrec and of ours, one right after the other."""
+    source, part, target = folder / "day_0", folder / "slice.tsv", folder / "out"
+    rows = generate(source, int(size_gb * 1e9))
+    with source.open("rb") as lines, part.open("wb") as file:
+        file.writelines(islice(lines, torchrec_rows))
+    torchrec_rows = min(rows, torchrec_rows)
+    words = [f"dst={target}", "overwrite=true", *(f"{key}={value}" for key, value in settings.items())]
+    # Compiled code comes from the cache, as in every run but the first after an installation.
+    convert("warm-up", OURS, torchrec_rows, part, ["criteo", f"src={part}", *words])
+    baseline = convert("torchrec tsv_to_npys", TORCHREC, torchrec_rows, part, [str(part), f"{folder}/slice"])
+    name = f"tightrec prepare, {size_gb:g} GB"
+    return baseline, convert(name, OURS, rows, source, ["criteo", f"src={source}", *words])
 
 
 def convert(name: str, code: str, rows: int, source: Path, arguments: list[str]) -> Figure:

@@ -48,9 +48,7 @@ def main() -> None:
     tables = EmbeddingBagCollection(
         device=torch.device("meta"),
         tables=[
-            EmbeddingBagConfig(
-                name=f"t_{name}", feature_names=[name], num_embeddings=ROWS, embedding_dim=DIM
-            )
+            EmbeddingBagConfig(name=f"t_{name}", feature_names=[name], num_embeddings=ROWS, embedding_dim=DIM)
             for name in ("user", "item")
         ],
     )
@@ -66,7 +64,10 @@ def main() -> None:
     for parameter in placement.values():
         parameter.compute_kernel = "fused"
     model = DistributedModelParallel(
-        ClickModel(tables, device), device=device, plan=ShardingPlan({"tables": placement}), sharders=[sharder]
+        ClickModel(tables, device),
+        device=device,
+        plan=ShardingPlan({"tables": placement}),
+        sharders=[sharder],
     )
     # Tables update themselves inside backward; what is left is the head.
     left = dict(in_backward_optimizer_filter(model.named_parameters()))

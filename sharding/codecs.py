@@ -93,7 +93,7 @@ def codec_registry(codec: CodecConfig, dim: int) -> dict[str, QuantizedCommCodec
     """
     if codec.forward == codec.backward == "none":
         return None
-    groups = {}
+    groups: dict[str, int] = {}
     if "fp8" in (codec.forward, codec.backward):
         groups |= {"fp8_quantize_dim": dim, "fp8_quantize_dim_bwd": dim}
     if "mx4" in (codec.forward, codec.backward):

@@ -300,7 +300,7 @@ def _read(
     """Read the checkpoint's tensors into the leaves, in place."""
     targets = {name: leaf.value for name, leaf in leaves.items() if name not in conversions}
     converted = {name: conversion for name, conversion in conversions.items() if name in leaves}
-    for source in {conversion.source for conversion in converted.values()} - {None}:
+    for source in {c.source for c in converted.values() if c.source is not None}:
         entry = metadata.state_dict_metadata[source]
         targets[source] = torch.empty(entry.size, dtype=entry.properties.dtype)
     try:

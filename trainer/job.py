@@ -63,11 +63,11 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
             log.say("dry run: stopped before the first step")
             return 0
         outcome = _train(config, ranks, folder, checkpoint, built, sources, request, log)
+        reason = None
         if outcome.status == "stopped":
-            log.say(
-                f"stopped by {request.signal_name or 'a signal to another rank'}; resume={folder} goes on"
-            )
-        _close(outcome, folder, sources, log)
+            reason = f"stopped by {request.signal_name or 'a signal to another rank'}"
+            log.say(f"{reason}; resume={folder} goes on")
+        _close(outcome, reason, folder, sources, log)
     return 0
 
 
@@ -200,7 +200,9 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _close(outcome: Outcome, folder: Path, sources: dict[str, Source], log: RunLog) -> None:
+def _close(
+    outcome: Outcome, reason: str | None, folder: Path, sources: dict[str, Source], log: RunLog
+) -> None:
     best: dict[str, float] = {}
     for split, source in sources.items():
         if isinstance(source, SyntheticSource) and split in outcome.scores:
@@ -208,6 +210,7 @@ def _close(outcome: Outcome, folder: Path, sources: dict[str, Source], log: RunL
     steps = max(1, outcome.steps)
     log.finish(
         status=outcome.status,
+        reason=reason,
         scores={split: dataclasses.asdict(scores) for split, scores in outcome.scores.items()},
         bayes_auc=best,
         steps=outcome.steps,

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that all ranks agree on."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -128,7 +128,9 @@ class Trainer:
         self._boundary(progress, outcome, end_of_epoch=True)
         return False
 
-    def _segment(self, stream: Iterator[Batch], length: int, step: int, outcome: Outcome) -> tuple[int, bool]:
+    def _segment(
+        self, stream: Generator[Batch], length: int, step: int, outcome: Outcome
+    ) -> tuple[int, bool]:
         """Run up to ``length`` steps; returns how many, and whether a stop was agreed."""
         batches = Drained(stream, length)
         window = TrainWindow(self.ranks.device)
@@ -168,6 +170,7 @@ class Trainer:
         outcome.steps += steps
         self.log.train(
             step=step,
+            rows=scores.rows,
             loss=scores.log_loss,
             ne=scores.ne,
             rows_per_s=scores.rows / seconds,

@@ -183,15 +183,18 @@ def _reduced(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
 
 
 def _gathered(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
-    """Columns [3, any] of all ranks side by side; gloo gathers equal sizes only, so they travel padded."""
+    """Columns [3, any] of all ranks side by side, among them some of weight 0.
+
+    gloo gathers equal sizes only: every rank fills up to the longest.
+    """
     if process_group is None:
         return rows
-    counts = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(process_group))]
-    dist.all_gather(counts, torch.tensor([rows.shape[1]]), group=process_group)
-    most = max(int(count) for count in counts)
-    parts = [torch.empty(3, most) for _ in counts]
-    dist.all_gather(parts, functional.pad(rows, (0, most - rows.shape[1])), group=process_group)
-    return torch.cat([part[:, : int(count)] for part, count in zip(parts, counts, strict=True)], dim=1)
+    most = torch.tensor(rows.shape[1])
+    dist.all_reduce(most, op=dist.ReduceOp.MAX, group=process_group)
+    padded = functional.pad(rows, (0, int(most) - rows.shape[1]))
+    parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(process_group))]
+    dist.all_gather(parts, padded, group=process_group)
+    return torch.cat(parts, dim=1)
 
 
 def _scores(sums: Tensor, auc: float, note: str = "") -> Scores:

@@ -42,7 +42,8 @@ class PlainLoop:
             self._optimizer.zero_grad()
         loss, predictions = self._task(batch)
         if self._task.training:
-            loss.backward()
+            with record_function("## backward ##"):
+                loss.backward()
             with record_function("## optimizer ##"):
                 self._optimizer.step()
         return predictions

@@ -1,61 +1,17 @@
 """Whole jobs on gloo ranks: every configuration runs, resumes, ends together and says why it stopped."""
 
-import json
 import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
 
 import pytest
+from jobs import SMALL, job, losses, records, run_job, summary
 from ranks import RankFailure, run_ranks
 
 from tightrec.trainer import help_text
 
 pytestmark = pytest.mark.multiprocess
-
-SMALL = [
-    "data.synthetic.max_cardinality=40",
-    "data.synthetic.train_rows=640",
-    "data.synthetic.valid_rows=100",
-    "data.synthetic.test_rows=90",
-    "data.synthetic.row_group_rows=64",
-    "data.loader.batch_size=32",
-    "model.embedding_dim=8",
-    "model.top_layers=[16]",
-    "logging.every_steps=1",
-    "logging.split_every=0",
-    "logging.tensorboard=false",
-    "train.checkpoint.every_steps=0",
-]
-
-
-def _job(rank: int, world: int, words: list[str]) -> int:
-    from tightrec.trainer.config import load
-    from tightrec.trainer.job import run
-
-    config, plain = load(words)
-    return run(config, plain, words)
-
-
-def job(world: int, folder: Path, *words: str, small: bool = True) -> list[int]:
-    given = [*(SMALL if small else []), *words]
-    if not any(word.startswith("resume=") for word in words):
-        given.append(f"run_folder={folder}")
-    return run_ranks(world, _job, given, connect=False, timeout=120)
-
-
-def records(folder: Path, kind: str = "train") -> list[dict[str, Any]]:
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [r for r in map(json.loads, lines) if r["kind"] == kind]
-
-
-def losses(folder: Path) -> dict[int, float]:
-    return {r["step"]: r["loss"] for r in records(folder)}
-
-
-def summary(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "run.json").read_text())
 
 
 def _jobs(rank: int, world: int, folder: str, all_words: list[list[str]]) -> list[str]:
@@ -64,7 +20,7 @@ def _jobs(rank: int, world: int, folder: str, all_words: list[list[str]]) -> lis
     for number, words in enumerate(all_words):
         os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         try:
-            _job(rank, world, [*SMALL, "train.steps=2", f"run_folder={folder}/{number}", *words])
+            run_job(rank, world, [*SMALL, "train.steps=2", f"run_folder={folder}/{number}", *words])
             ended.append("ran")
         except ValueError as error:
             ended.append(str(error))
@@ -153,7 +109,7 @@ def test_ranks_with_unequal_or_no_rows_end_together(tmp_path: Path, world, rows,
 def _stopped(rank: int, world: int, words: list[str]) -> int:
     if rank == 1:
         threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
-    return _job(rank, world, words)
+    return run_job(rank, world, words)
 
 
 def test_sigterm_on_one_rank_saves_exits_0_and_resumes(tmp_path: Path):

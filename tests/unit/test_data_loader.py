@@ -3,16 +3,21 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
 from numbered import Numbered, all_rows, rows_of
 
+from tightrec.trainer.data.batch import Batch
 from tightrec.trainer.data.loader import Loader, LoaderConfig
 from tightrec.trainer.data.shards import Position
 
@@ -190,15 +195,84 @@ def test_bad_data_is_told_in_the_sources_own_words_after_the_good_batches(worker
     assert_nothing_runs()
 
 
-def test_workers_outlive_a_sigterm_to_all_processes_of_the_job() -> None:
-    loader = Loader(Numbered(UNEVEN), replace(CONFIG, workers=1, prefetch=1), 0, 1)
-    whole = all_rows(loader.iterate(loader.start(0)))
+PROGRAM = """
+import multiprocessing, signal, sys
+sys.path.insert(0, {folder!r})
+from numbered import Numbered, rows_of
+from tightrec.trainer.data.loader import Loader, LoaderConfig
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: print("asked to stop", flush=True))
+    loader = Loader(Numbered([50] * 20), LoaderConfig(batch_size=4, workers=2, prefetch=2), 0, 1)
     batches = loader.iterate(loader.start(0))
-    read = [rows_of(next(batches))]
-    for worker in multiprocessing.active_children():
-        assert worker.pid
-        os.kill(worker.pid, signal.SIGTERM)
-    assert read + all_rows(batches) == whole
+    next(batches)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    print(1 + sum(1 for _ in batches), flush=True)
+    kept = loader.iterate(loader.start(0))
+    next(kept)
+    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
+    sys.stdin.readline()
+    raise KeyError("the step failed")
+"""
+
+
+@contextmanager
+def job(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """A process group of its own that reads with two workers, as torchrun makes one of each rank."""
+    program = tmp_path / "job.py"
+    program.write_text(PROGRAM.format(folder=str(Path(__file__).parent)))
+    pipe = subprocess.PIPE
+    process = subprocess.Popen(
+        [sys.executable, program], stdin=pipe, stdout=pipe, stderr=pipe, text=True, start_new_session=True
+    )
+    try:
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+
+
+def line(process: subprocess.Popen[str]) -> str:
+    assert process.stdout
+    return process.stdout.readline().strip()
+
+
+def go_on(process: subprocess.Popen[str]) -> None:
+    assert process.stdin
+    process.stdin.write("\n")
+    process.stdin.flush()
+
+
+def running(pids: list[int]) -> list[int]:
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+
+
+def test_workers_outlive_a_sigterm_to_the_whole_job_but_not_the_job(tmp_path: Path) -> None:
+    with job(tmp_path) as process:
+        first = [int(pid) for pid in line(process).split()]
+        os.killpg(process.pid, signal.SIGTERM)
+        assert line(process) == "asked to stop"
+        go_on(process)
+        assert line(process) == "250", "batches of the epoch"
+        second = [int(pid) for pid in line(process).split()]
+        assert len(first) == len(second) == 2
+        # A traceback keeps the iterator, and with it the workers, to the very end of the process.
+        go_on(process)
+        assert process.wait(60) == 1
+        wait_until(lambda: not running(first + second))
+        assert running(first + second) == []
+        assert "the step failed" in process.stderr.read()  # type: ignore[union-attr]
+
+
+def test_workers_do_not_outlive_a_killed_rank(tmp_path: Path) -> None:
+    with job(tmp_path) as process:
+        workers = [int(pid) for pid in line(process).split()]
+        assert len(running(workers)) == 2
+        process.kill()
+        wait_until(lambda: not running(workers))
+        assert running(workers) == []
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -233,6 +307,24 @@ def test_closing_early_does_not_first_make_what_was_asked_ahead() -> None:
     next(batches)
     batches.close()  # type: ignore[attr-defined]
     assert len(made) < 30
+
+
+def test_with_a_gpu_every_batch_is_pinned_on_a_thread_that_has_chosen_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    chosen: list[tuple[int, str]] = []
+    pinned: list[str] = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((device, threading.current_thread().name))
+    )
+    monkeypatch.setattr(
+        Batch, "pin_memory", lambda batch: pinned.append(threading.current_thread().name) or batch
+    )
+    loader = Loader(Numbered([8]), CONFIG, 0, 1, pin_memory=True)
+    assert len(all_rows(loader.iterate(loader.start(0), steps=3))) == 3
+    assert chosen == [(3, "tightrec-data_0")]
+    assert pinned == ["tightrec-data_0"] * 2 + ["MainThread"]
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

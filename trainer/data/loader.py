@@ -1,18 +1,11 @@
 """Batches of one rank: read, shuffled and made in the background, from any position in an epoch."""
 
-import multiprocessing
-import signal
-from collections import deque
-from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import chain, islice
 
-import torch
-from torch.utils.data import DataLoader, IterableDataset, get_worker_info
-
+from tightrec.trainer.data.background import from_thread, from_workers
 from tightrec.trainer.data.batch import Batch, padding_batch
 from tightrec.trainer.data.shards import (
     Order,
@@ -108,7 +101,7 @@ class Loader:
         taken = zip(position.consumed, batches_per_rank, self._phase_batches(position), strict=True)
         return replace(position, consumed=tuple(min(before + more, most) for before, more, most in taken))
 
-    def iterate(self, position: Position, steps: int | None = None) -> Iterator[Batch]:
+    def iterate(self, position: Position, steps: int | None = None) -> Generator[Batch]:
         """This rank's batches from ``position`` on; threads and processes end with the iterator.
 
         Args:
@@ -124,9 +117,13 @@ class Loader:
         wanted = real if steps is None else steps
         return self._batches(self._streams(position), min(real, wanted), max(0, wanted - real))
 
-    def _batches(self, streams: list[Stream], real: int, padding: int) -> Iterator[Batch]:
+    def _batches(self, streams: list[Stream], real: int, padding: int) -> Generator[Batch]:
         if real:
-            made = self._from_workers(streams) if self._config.workers else self._from_thread(streams[0])
+            prefetch, pin_memory = self._config.prefetch, self._pin_memory
+            if self._config.workers:
+                made = from_workers(streams, prefetch, pin_memory)
+            else:
+                made = from_thread(streams[0], prefetch, pin_memory)
             with closing(made):
                 yield from islice(made, real)
         for _ in range(padding):
@@ -176,69 +173,3 @@ class Loader:
             )
             for turn in range(workers)
         ]
-
-    def _from_thread(self, stream: Stream) -> Generator[Batch]:
-        batches = iter(stream)
-
-        def make() -> Batch | None:
-            batch = next(batches, None)
-            return batch.pin_memory() if batch is not None and self._pin_memory else batch
-
-        # Pinning on a thread that has not chosen its GPU would open a context on the first one.
-        device = torch.cuda.current_device() if self._pin_memory else None
-        choose = partial(torch.cuda.set_device, device) if self._pin_memory else None
-        with ThreadPoolExecutor(1, "tightrec-data", initializer=choose) as thread:
-            ahead = deque(thread.submit(make) for _ in range(self._config.prefetch))
-            try:
-                while (batch := ahead.popleft().result()) is not None:
-                    ahead.append(thread.submit(make))
-                    yield batch
-            finally:
-                thread.shutdown(cancel_futures=True)
-
-    def _from_workers(self, streams: list[Stream]) -> Generator[Batch]:
-        # Not fork: the training process has threads (torch, gloo, CUDA) that a forked copy would lack.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload([__name__])
-        workers = len(streams)
-        batches = DataLoader(
-            _Streams(streams),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=-(-self._config.prefetch // workers),
-            multiprocessing_context=context,
-            worker_init_fn=_outlive_sigterm,
-            pin_memory=self._pin_memory,
-            generator=torch.Generator(),  # else the global one advances
-        )
-        for batch in batches:
-            if isinstance(batch, _BadData):
-                raise ValueError(batch.words)
-            yield batch
-
-
-@dataclass(frozen=True)
-class _BadData:
-    """Crosses from a worker in place of a batch, because the DataLoader would wrap the error's words."""
-
-    words: str
-
-
-class _Streams(IterableDataset):
-    """In worker i, the i-th stream."""
-
-    def __init__(self, streams: list[Stream]) -> None:
-        self._streams = streams
-
-    def __iter__(self) -> Iterator[Batch | _BadData]:
-        worker = get_worker_info()
-        try:
-            yield from self._streams[worker.id]
-        except ValueError as error:
-            yield _BadData(str(error))
-
-
-def _outlive_sigterm(_worker: int) -> None:
-    # A cluster that ends a job signals all its processes; the rank still saves and needs its workers so
-    # long. Workers end by themselves when the rank is gone.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)

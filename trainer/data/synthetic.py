@@ -255,7 +255,7 @@ def _hashed(ids: Ids, salt: np.uint64) -> NDArray[np.float64]:
     mixed ^= mixed >> np.uint64(27)
     mixed *= np.uint64(0x94D049BB133111EB)
     mixed ^= mixed >> np.uint64(31)
-    return mixed * (2 * math.sqrt(3) / 2**64) - math.sqrt(3)
+    return mixed.astype(np.float64) * (2 * math.sqrt(3) / 2**64) - math.sqrt(3)
 
 
 def _auc(scores: NDArray[np.float64], labels: Floats) -> float:

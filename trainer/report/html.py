@@ -219,6 +219,6 @@ def _facts(run: Record) -> list[tuple[str, str]]:
         "system": host.get("system"),
         "processor": f"{host['processor']}, {host.get('cores')} cores" if host.get("processor") else None,
         "memory": size(host["memory_bytes"]) if host.get("memory_bytes") else None,
-        "GPU": host.get("gpu"),
+        "GPU": run.get("gpu"),
     }
     return [(name, str(value)) for name, value in facts.items() if value not in (None, "")]

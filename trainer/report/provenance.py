@@ -77,8 +77,12 @@ def host() -> dict[str, Any]:
         "cores": os.cpu_count(),
         "memory_bytes": psutil.virtual_memory().total,
         "threads_per_rank": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_initialized() else None,
     }
+
+
+def gpu(device: str) -> str | None:
+    """Name of the GPU that ``device`` is; None if it is none."""
+    return torch.cuda.get_device_name(device) if device.startswith("cuda") else None
 
 
 def _processor() -> str:

@@ -15,7 +15,7 @@ from tightrec.trainer.report.config import LoggingConfig
 from tightrec.trainer.report.console import ProgressConsole, Status
 from tightrec.trainer.report.figures import figure
 from tightrec.trainer.report.html import write_report
-from tightrec.trainer.report.provenance import now, provenance
+from tightrec.trainer.report.provenance import gpu, now, provenance
 from tightrec.trainer.report.records import RUN_FILE, RecordFile, read_run, write_run
 from tightrec.trainer.report.tensorboard import Scalars
 from tightrec.trainer.step_split import TimeSplit, mean
@@ -104,6 +104,7 @@ class RunLog:
                 "seed": config.get("seed"),
                 "world": world,
                 "device": device,
+                "gpu": gpu(device),
                 "rows": dict(rows),
                 "parameters_rank0": parameters_rank0,
                 "plan": [dict(row) for row in plan],
@@ -139,6 +140,7 @@ class RunLog:
         self,
         *,
         step: int,
+        rows: int,
         loss: float,
         ne: float,
         rows_per_s: float,
@@ -152,6 +154,7 @@ class RunLog:
 
         Args:
             step: steps done.
+            rows: trained on in these steps, all ranks together, padding not counted.
             loss: mean log loss over the rows of these steps.
             ne: their normalised entropy.
             rows_per_s: all ranks together.
@@ -164,6 +167,7 @@ class RunLog:
         if not self._first:
             return
         measured = {
+            "rows": rows,
             "loss": loss,
             "ne": ne,
             "rows_per_s": rows_per_s,

@@ -25,7 +25,7 @@ class Meter:
         self._began = self._told = time.monotonic()
         if self._console.is_terminal:
             self._bar = Progress(
-                TextColumn(self._title),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 TaskProgressColumn(),
                 TextColumn("{task.fields[speed]} rows/s"),
@@ -63,4 +63,5 @@ class Meter:
         left = spent * (self._total_bytes - read_bytes) / max(read_bytes - self._first_bytes, 1)
         share = min(read_bytes / self._total_bytes, 1.0)
         rest = f"{left:.0f} s left" if share < 1 else f"took {spent:.0f} s"
-        self._console.print(f"{self._title}: {share:.0%}, {self._speed():,.0f} rows/s, {rest}")
+        text = f"{self._title}: {share:.0%}, {self._speed():,.0f} rows/s, {rest}"
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)

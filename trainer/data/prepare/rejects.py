@@ -69,8 +69,8 @@ class Tally:
     """The lines seen so far, the bad ones by kind, and a sample of these.
 
     Raises:
-        ValueError: from :meth:`add` in strict mode at the first bad line; in tolerant mode, from
-            :meth:`add` and :meth:`close`, where bad lines exceed their allowed share.
+        ValueError: in strict mode from :meth:`add` and :meth:`restore` at the first bad line; in tolerant
+            mode from :meth:`add` and :meth:`close` where bad lines exceed their allowed share.
     """
 
     def __init__(self, errors: ErrorMode, max_bad_share: float) -> None:
@@ -82,10 +82,6 @@ class Tally:
 
     def add(self, lines: int, faults: Faults) -> dict[str, Any]:
         """Take in the next ``lines`` lines and what was wrong in them; returns it as a journal entry."""
-        if faults.samples and self.errors == "strict":
-            raise ValueError(
-                f"{faults.samples[0]}. Correct it, or give errors=tolerant to count and pass over such lines."
-            )
         samples = [asdict(sample) for sample in faults.samples]
         entry = {"lines": lines, "bad": dict(faults.kinds), "samples": samples}
         self.restore(entry)
@@ -93,10 +89,15 @@ class Tally:
         return entry
 
     def restore(self, entry: Mapping[str, Any]) -> None:
-        """Take in what :meth:`add` returned in an earlier run."""
+        """Take in what :meth:`add` returned, perhaps in an earlier run."""
+        samples = [Reject(**sample) for sample in entry["samples"]]
+        if samples and self.errors == "strict":
+            raise ValueError(
+                f"{samples[0]}. Correct it, or give errors=tolerant to count and pass over such lines."
+            )
         self.lines += entry["lines"]
         self.bad.update(entry["bad"])
-        self.samples += [Reject(**sample) for sample in entry["samples"]]
+        self.samples += samples
 
     def close(self) -> None:
         """Check the share of bad lines in all of the input."""
