@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -43,9 +44,11 @@ def test_a_terminal_shows_a_bar() -> None:
     told = io.StringIO()
     console = Console(file=told, force_terminal=True, width=100)
     with Meter("reading [day] {0}", 1_000, 0, console) as meter:
-        meter.update(500, 10)
+        for read_bytes in (100, 300, 500):
+            meter.update(read_bytes, 10)
+            time.sleep(0.01)
     text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", told.getvalue())
-    assert re.search(r"reading \[day\] \{0\} .* 50% [\d,]+ rows/s .*\d:\d\d", text)
+    assert re.search(r"reading \[day\] \{0\} .* 50% [\d,]+ rows/s \d:\d\d:\d\d", text)
 
 
 def test_a_run_that_fails_does_not_claim_to_be_complete(clock: Clock) -> None:

@@ -86,6 +86,12 @@ def test_the_frequent_ids_are_chosen_whatever_the_ranges(
         assert choice.histogram[often:].sum() == sum(count >= often for count in counts.values())
 
 
+def test_of_many_equally_frequent_ids_the_smaller_ones_are_kept() -> None:
+    values = np.random.default_rng(0).integers(0, 1 << 32, 5_000, np.uint32)
+    choice = Choice(min_count=1, max_ids=700, hold=10_000).take(merged([count_run(values)], 2_000))
+    assert choice.ids.tolist() == np.unique(values)[:700].tolist()
+
+
 def test_a_choice_too_large_to_hold_is_counted_and_a_fitting_threshold_proposed() -> None:
     values = [key for key in range(100) for _ in range(1 + key % 10)]
     choice = Choice(min_count=1, max_ids=None, hold=35).take(merged([run_of(values)], 10))
