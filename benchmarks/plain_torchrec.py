@@ -30,11 +30,14 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from tightrec.models.dlrm import build_tables
 from tightrec.sharding.plan import Cluster, make_plan
+from tightrec.sharding.traffic import counted_traffic
 from tightrec.trainer.build import build_task, derived_seed
 from tightrec.trainer.config import JobConfig, load
+from tightrec.trainer.control import Control, StopRequest
 from tightrec.trainer.data.batch import Batch
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.synthetic import SyntheticSource
+from tightrec.trainer.metrics import TrainWindow
 from tightrec.trainer.pipeline import build_pipeline
 from tightrec.trainer.ranks import Ranks, connected
 
@@ -86,16 +89,34 @@ class PlainRun:
 
 
 class OurRun:
-    """The same through our task and pipeline."""
+    """The same through our task and pipeline, with all that our loop does beside each step."""
 
-    def __init__(self, config: JobConfig, ranks: Ranks, source: SyntheticSource) -> None:
+    def __init__(
+        self, config: JobConfig, ranks: Ranks, source: SyntheticSource, request: StopRequest
+    ) -> None:
         built = build_task(config, ranks, source.schema)
+        self.learning_rate = built.learning_rate
         self.pipeline = build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device)
+        self.control = Control(ranks.control, config.train.agree_every, request)
+        self.ranks = ranks
+        self.step = 0
 
     def steps(self, batches: list[Batch]) -> list[torch.Tensor]:
         """The loss of each batch, [steps] scalars."""
         stream: Iterator[Batch] = iter(batches)
-        return [self.pipeline.progress(stream).loss for _ in batches]
+        window = TrainWindow(self.ranks.device)
+        losses = []
+        with counted_traffic():
+            for _ in batches:
+                self.learning_rate.set(self.step)
+                predictions = self.pipeline.progress(stream)
+                self.step += 1
+                window.update(predictions.logits, predictions.batch.labels, predictions.batch.weights)
+                self.control.watch(self.step, predictions.loss, predictions.batch)
+                self.control.point(self.step)
+                losses.append(predictions.loss)
+        window.compute(self.ranks.control)
+        return losses
 
 
 def main() -> None:
@@ -113,7 +134,7 @@ def main() -> None:
         batches = [batch for batch, _ in zip(stream, range(words.steps), strict=False)]
         runs: dict[str, Any] = {"plain": PlainRun(config, ranks, source)}
         if words.compare:
-            runs["ours"] = OurRun(config, ranks, source)
+            runs["ours"] = OurRun(config, ranks, source, StopRequest())
         losses: dict[str, list[float]] = {name: [] for name in runs}
         seconds: dict[str, list[float]] = {name: [] for name in runs}
         for start in range(0, len(batches), words.turn):

@@ -5,8 +5,8 @@
 Generates click logs of the given sizes, converts each with ``tightrec.trainer.data.prepare criteo`` (both
 passes, from text to parquet), and the first ``torchrec_rows`` lines with
 ``torchrec.datasets.criteo.BinaryCriteoUtils.tsv_to_npys``, which holds all rows in memory and would not fit
-for the sizes themselves; its rate does not depend on the size. Each conversion is a process of its own. All
-else, such as ids=hash or memory_gb=1, is handed on. The files are removed at the end.
+for the sizes themselves; its rate does not depend on the size. Each conversion is a process of its own, timed
+from after its imports. All else, such as ids=hash or memory_gb=1, is handed on. The files are removed at the end.
 """
 
 import platform
@@ -14,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import islice
@@ -37,12 +36,24 @@ BLANK_SHARE = 0.1
 CHUNK_ROWS = 100_000
 LONGEST_LINE_BYTES = 512
 
-TAIL = "\nprint(next(l for l in open('/proc/self/status') if l.startswith('VmHWM')).split()[1])"
-OURS = "import sys; from tightrec.trainer.data.prepare.__main__ import main; assert not main(sys.argv[1:])"
-TORCHREC = (
-    "import sys; from torchrec.datasets.criteo import BinaryCriteoUtils; "
-    "BinaryCriteoUtils.tsv_to_npys(sys.argv[1], *(f'{sys.argv[2]}.{part}.npy' for part in range(3)))"
+OURS = (
+    "from tightrec.trainer.data.prepare.__main__ import main",
+    "assert not main(sys.argv[1:])",
 )
+TORCHREC = (
+    "from torchrec.datasets.criteo import BinaryCriteoUtils",
+    "BinaryCriteoUtils.tsv_to_npys(sys.argv[1], *(f'{sys.argv[2]}.{part}.npy' for part in range(3)))",
+)
+CHILD = """
+import sys, time
+{imports}
+begun = time.perf_counter()
+{run}
+seconds = time.perf_counter() - begun
+peak_kib = next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]
+print(seconds, peak_kib)
+"""
+"""A process of its own; imports, seconds of them with torch, are not part of the time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,15 +116,17 @@ def measure(
     return baseline, convert(name, OURS, rows, source, ["criteo", f"src={source}", *words])
 
 
-def convert(name: str, code: str, rows: int, source: Path, arguments: list[str]) -> Figure:
-    begun = time.perf_counter()
-    ran = subprocess.run(
-        [sys.executable, "-c", code + TAIL, *arguments], check=True, stdout=subprocess.PIPE, text=True
-    )
-    seconds = time.perf_counter() - begun
-    peak_bytes = int(ran.stdout.split()[-1]) << 10
+def convert(name: str, code: tuple[str, str], rows: int, source: Path, arguments: list[str]) -> Figure:
+    child = CHILD.format(imports=code[0], run=code[1])
+    command = [sys.executable, "-c", child, *arguments]
+    ran = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+    seconds, peak_kib = ran.stdout.split()[-2:]
     return Figure(
-        name=name, rows=rows, text_bytes=source.stat().st_size, seconds=seconds, peak_bytes=peak_bytes
+        name=name,
+        rows=rows,
+        text_bytes=source.stat().st_size,
+        seconds=float(seconds),
+        peak_bytes=int(peak_kib) << 10,
     )
 
 

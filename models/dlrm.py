@@ -33,9 +33,9 @@ class DotInteraction(nn.Module):
         first, second = torch.triu_indices(vectors, vectors, offset=1, device=device)
         self.register_buffer("pairs", first * vectors + second, persistent=False)
 
-    def forward(self, dense: Tensor | None, sparse: Tensor) -> Tensor:
-        """Map [B, D] and [B, F, D] to [B, D + N (N - 1) / 2]; without ``dense`` the D is absent."""
-        vectors = _stack(dense, sparse)
+    def forward(self, dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
+        """Map [B, D] and F times [B, D] to [B, D + N (N - 1) / 2]; without ``dense`` the D is absent."""
+        vectors = _side_by_side(dense, sparse).unflatten(1, (-1, sparse[0].shape[1]))
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         return products if dense is None else torch.cat((dense, products), dim=1)
 
@@ -48,9 +48,9 @@ class CrossInteraction(nn.Module):
         width = vectors * config.embedding_dim
         self.crossnet = LowRankCrossNet(width, config.cross_layers, config.cross_rank).to(device)
 
-    def forward(self, dense: Tensor | None, sparse: Tensor) -> Tensor:
-        """Map [B, D] and [B, F, D] to [B, N * D]."""
-        return self.crossnet(_stack(dense, sparse).flatten(1))
+    def forward(self, dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
+        """Map [B, D] and F times [B, D] to [B, N * D]."""
+        return self.crossnet(_side_by_side(dense, sparse))
 
 
 class DLRM(nn.Module):
@@ -83,7 +83,7 @@ class DLRM(nn.Module):
         # Known here rather than asked of a tensor, which is a proxy while torchrec traces the forward.
         self.device_type = device.type if device else "cpu"
         self.autocast_bf16 = config.dense_precision == "bf16"
-        self.sparse_arch = _SparseArch(tables, names, config.embedding_dim)
+        self.sparse_arch = _SparseArch(tables, names)
         self.dense_arch: nn.Module | None = None
         if dense_features:
             layers = [*config.bottom_layers, config.embedding_dim]
@@ -114,36 +114,36 @@ class DLRM(nn.Module):
 class _SparseArch(nn.Module):
     """The tables, under the name that torchrec's DLRM gives them."""
 
-    def __init__(self, tables: EmbeddingBagCollection, names: list[str], embedding_dim: int) -> None:
+    def __init__(self, tables: EmbeddingBagCollection, names: list[str]) -> None:
         super().__init__()
         self.embedding_bag_collection = tables
-        self.pooled = _PooledMatrix(names, embedding_dim)
+        self.pooled = _PooledColumns(names)
 
-    def forward(self, sparse: KeyedJaggedTensor) -> Tensor:
+    def forward(self, sparse: KeyedJaggedTensor) -> list[Tensor]:
         return self.pooled(self.embedding_bag_collection(sparse))
 
 
-class _PooledMatrix(nn.Module):
-    """Pooled embeddings as [B, F, D]; copies only where sharding has reordered the features."""
+class _PooledColumns(nn.Module):
+    """Pooled embeddings [B, D] a feature, as views, in the order of ``names``.
 
-    def __init__(self, names: list[str], embedding_dim: int) -> None:
+    Sharding leaves the features in another order; taking views puts off the copy that restores it to the
+    one that the interaction makes anyway.
+    """
+
+    def __init__(self, names: list[str]) -> None:
         super().__init__()
         self.names = names
-        self.embedding_dim = embedding_dim
 
-    def forward(self, pooled: KeyedTensor) -> Tensor:
-        if list(pooled.keys()) == self.names:
-            values = pooled.values()
-        else:
-            columns = pooled.to_dict()
-            values = torch.cat([columns[name] for name in self.names], dim=1)
-        return values.reshape(-1, len(self.names), self.embedding_dim)
+    def forward(self, pooled: KeyedTensor) -> list[Tensor]:
+        columns = pooled.to_dict()
+        return [columns[name] for name in self.names]
 
 
-def _stack(dense: Tensor | None, sparse: Tensor) -> Tensor:
+def _side_by_side(dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
+    """[B, N * D]; autocast has made ``dense`` bfloat16, and cat would make it float32 again."""
     if dense is None:
-        return sparse
-    return torch.cat((dense.unsqueeze(1), sparse.to(dense.dtype)), dim=1)
+        return torch.cat(list(sparse), dim=1)
+    return torch.cat([dense, *(column.to(dense.dtype) for column in sparse)], dim=1)
 
 
 def build_tables(

@@ -23,8 +23,8 @@ def _prepared(folder: Path, name: str, source: str) -> Path:
 @pytest.mark.parametrize(
     ("name", "source", "words", "auc"),
     [
-        ("movielens", "movielens1m", [], 0.70),
-        ("jester", "jester1", [], 0.68),
+        ("movielens", "movielens1m", [], 0.66),
+        ("jester", "jester1", [], 0.66),
         # 265 clicks in the sample cannot judge a model: the path is what is tested.
         ("criteo", "criteo_tb10k", ["data.loader.batch_size=256"], 0.0),
     ],

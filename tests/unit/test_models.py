@@ -84,7 +84,7 @@ def test_bf16_touches_the_dense_part_only():
     ours = model(5, dense_precision="bf16")
     seen = []
     ours.over_arch.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    ours.sparse_arch.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
+    ours.sparse_arch.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
     logits = ours(torch.randn(6, 5), bags())
     assert seen == [torch.float32, torch.bfloat16]
     assert logits.dtype == torch.float32
@@ -94,13 +94,13 @@ def test_features_in_another_order_come_out_in_the_models_order():
     ours = model(0)
     values = torch.randn(2, 24)
     reordered = KeyedTensor(["item", "genre", "user"], [8, 8, 8], values)
-    expected = torch.stack([values[:, 16:], values[:, :8], values[:, 8:16]], dim=1)
-    assert torch.equal(ours.sparse_arch.pooled(reordered), expected)
+    expected = torch.stack([values[:, 16:], values[:, :8], values[:, 8:16]])
+    assert torch.equal(torch.stack(ours.sparse_arch.pooled(reordered)), expected)
 
 
 def test_dot_interaction_follows_its_example():
     d, a, b = torch.randn(3, 1, 4)
-    out = DotInteraction(3)(d, torch.stack([a, b], dim=1))
+    out = DotInteraction(3)(d, [a, b])
     products = [(d * a).sum(), (d * b).sum(), (a * b).sum()]
     assert torch.allclose(out, torch.cat([d, torch.stack(products).view(1, 3)], dim=1))
 

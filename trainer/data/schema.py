@@ -7,11 +7,11 @@
 One parquet column per column of the schema, named alike:
 
 - label: float32, 0 or 1, no nulls;
-- dense: float32, no nulls, no NaN;
+- dense: float32, finite, no nulls;
 - single-hot sparse: int64 ids in [0, cardinality), no nulls;
 - multi-hot sparse: list<int64> of such ids, empty lists allowed, no nulls.
 
-Row groups are the unit of shuffling and of sharing work between ranks.
+No other column stands in a file. Row groups are the unit of shuffling and of sharing work between ranks.
 """
 
 import dataclasses
