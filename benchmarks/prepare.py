@@ -6,7 +6,7 @@ Generates click logs of the given sizes, converts each with ``tightrec.trainer.d
 passes, from text to parquet), and the first ``torchrec_rows`` lines with
 ``torchrec.datasets.criteo.BinaryCriteoUtils.tsv_to_npys``, which holds all rows in memory and would not fit
 for the sizes themselves; its rate does not depend on the size. Each conversion is a process of its own, timed
-from after its imports. All else, such as ids=hash or memory_gb=1, is handed on. The files are removed at the end.
+from after its imports. All else, such as ids=hash or memory_gb=1, is handed on. The files are removed.
 """
 
 import platform

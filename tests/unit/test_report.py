@@ -32,6 +32,7 @@ def test_records_are_valid_json_whatever_the_numbers(tmp_path: Path) -> None:
         "kind": "train",
         "step": 2,
         "epoch": 0,
+        "rows": 4096,
         "loss": None,
         "ne": 0.9,
         "rows_per_s": 1234.0,
