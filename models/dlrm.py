@@ -1,6 +1,6 @@
 """DLRM and DLRM-DCNv2 built from torchrec's modules, for any number of dense features, none included.
 
-Legend: B rows, F sparse features, D embedding dim, N = F vectors (+ 1 with dense features).
+Legend: B rows, F sparse features, D embedding dim, N = F + 1 vectors a row (the first from the dense part).
 """
 
 from collections.abc import Sequence
@@ -33,11 +33,11 @@ class DotInteraction(nn.Module):
         first, second = torch.triu_indices(vectors, vectors, offset=1, device=device)
         self.register_buffer("pairs", first * vectors + second, persistent=False)
 
-    def forward(self, dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
-        """Map [B, D] and F times [B, D] to [B, D + N (N - 1) / 2]; without ``dense`` the D is absent."""
+    def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
+        """Map [B, D] and F times [B, D] to [B, D + N (N - 1) / 2], N = F + 1."""
         vectors = _side_by_side(dense, sparse).unflatten(1, (-1, sparse[0].shape[1]))
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
-        return products if dense is None else torch.cat((dense, products), dim=1)
+        return torch.cat((dense, products), dim=1)
 
 
 class CrossInteraction(nn.Module):
@@ -48,9 +48,26 @@ class CrossInteraction(nn.Module):
         width = vectors * config.embedding_dim
         self.crossnet = LowRankCrossNet(width, config.cross_layers, config.cross_rank).to(device)
 
-    def forward(self, dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
-        """Map [B, D] and F times [B, D] to [B, N * D]."""
+    def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
+        """Map [B, D] and F times [B, D] to [B, N * D], N = F + 1."""
         return self.crossnet(_side_by_side(dense, sparse))
+
+
+class LearnedConstant(nn.Module):
+    """Stands in for the bottom MLP where the data has no dense columns: one learned vector for every row.
+
+    Its dot product with an embedding is that id's first-order effect, which a dot interaction of
+    embeddings alone cannot express.
+    """
+
+    def __init__(self, width: int, device: torch.device | None = None) -> None:
+        super().__init__()
+        # Of a length near 1, as embeddings are scaled by the products with it.
+        self.vector = nn.Parameter(torch.randn(width, device=device) * width**-0.5)
+
+    def forward(self, dense: Tensor) -> Tensor:
+        """[B, D] for dense features [B, 0]."""
+        return self.vector.expand(len(dense), -1)
 
 
 class DLRM(nn.Module):
@@ -65,9 +82,6 @@ class DLRM(nn.Module):
             replaces it in place.
         dense_features: number of dense columns, possibly 0.
         device: where the MLPs are made.
-
-    Raises:
-        ValueError: the interaction would have no columns at all.
     """
 
     def __init__(
@@ -79,35 +93,31 @@ class DLRM(nn.Module):
     ) -> None:
         super().__init__()
         names = [name for table in tables.embedding_bag_configs() for name in table.feature_names]
-        vectors = len(names) + (1 if dense_features else 0)
         # Known here rather than asked of a tensor, which is a proxy while torchrec traces the forward.
         self.device_type = device.type if device else "cpu"
         self.autocast_bf16 = config.dense_precision == "bf16"
         self.sparse_arch = _SparseArch(tables, names)
-        self.dense_arch: nn.Module | None = None
+        self.dense_arch: nn.Module
         if dense_features:
             layers = [*config.bottom_layers, config.embedding_dim]
             self.dense_arch = DenseArch(dense_features, layer_sizes=layers, device=device)
+        else:
+            self.dense_arch = LearnedConstant(config.embedding_dim, device)
+        vectors = 1 + len(names)
         self.inter_arch: nn.Module
         if config.architecture == "dlrm":
             self.inter_arch = DotInteraction(vectors, device)
-            width = vectors * (vectors - 1) // 2 + (config.embedding_dim if dense_features else 0)
+            width = config.embedding_dim + vectors * (vectors - 1) // 2
         else:
             self.inter_arch = CrossInteraction(vectors, config, device)
             width = vectors * config.embedding_dim
-        if width == 0:
-            raise ValueError(
-                "a dot interaction needs at least two vectors a row, but the data has one sparse column and "
-                "no dense ones. Use model=dcnv2."
-            )
         self.over_arch = OverArch(width, layer_sizes=[*config.top_layers, 1], device=device)
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
         embedded = self.sparse_arch(sparse)
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
-            bottom = None if self.dense_arch is None else self.dense_arch(dense)
-            logits = self.over_arch(self.inter_arch(bottom, embedded))
+            logits = self.over_arch(self.inter_arch(self.dense_arch(dense), embedded))
         return logits.float().squeeze(-1)
 
 
@@ -139,10 +149,8 @@ class _PooledColumns(nn.Module):
         return [columns[name] for name in self.names]
 
 
-def _side_by_side(dense: Tensor | None, sparse: Sequence[Tensor]) -> Tensor:
+def _side_by_side(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
     """[B, N * D]; autocast has made ``dense`` bfloat16, and cat would make it float32 again."""
-    if dense is None:
-        return torch.cat(list(sparse), dim=1)
     return torch.cat([dense, *(column.to(dense.dtype) for column in sparse)], dim=1)
 
 

@@ -64,11 +64,15 @@ def test_data_without_dense_columns_trains(architecture):
     assert all(p.grad is not None for p in ours.parameters())
 
 
-def test_one_vector_a_row_has_nothing_to_multiply_and_says_so():
+def test_without_dense_columns_an_id_keeps_a_first_order_effect():
     config = ModelConfig(**CONFIG)
-    with pytest.raises(ValueError, match="at least two vectors"):
-        DLRM(build_tables([("user", 5)], config, CPU), 0, config, CPU)
-    DLRM(build_tables([("user", 5)], config, CPU), 3, config, CPU)
+    ours = DLRM(build_tables([("user", 5)], config, CPU), 0, config, CPU)
+    users = KeyedJaggedTensor(keys=["user"], values=torch.arange(5), lengths=torch.ones(5).int())
+    (rows,) = ours.sparse_arch.embedding_bag_collection.parameters()
+    seen = []
+    ours.inter_arch.register_forward_hook(lambda module, args, out: seen.append(out))
+    ours(torch.empty(5, 0), users)
+    assert torch.allclose(seen[0][:, -1], rows @ ours.dense_arch.vector)
 
 
 def test_mean_pooling_divides_by_the_bag():
