@@ -1,14 +1,13 @@
 """What ``--help`` and ``--cfg`` print, read from the dataclasses and from ``conf/`` themselves."""
 
-import ast
 import dataclasses
-import inspect
 import textwrap
 from collections.abc import Iterator
 from importlib import resources
 from typing import Any, get_type_hints
 
 from tightrec.trainer.config import CONF_MODULE, JobConfig
+from tightrec.trainer.settings import field_docstrings
 
 _HEAD = """\
 torchrun --standalone --nproc-per-node 2 -m tightrec.trainer [group=choice ...] [key=value ...]
@@ -52,20 +51,6 @@ def settings(cls: type, prefix: str = "") -> Iterator[tuple[str, str, str]]:
             yield from settings(hints[field.name], key + ".")
         else:
             yield key, _default(field), meanings.get(field.name, "")
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The string literal under each annotated field of ``cls``, white space folded."""
-    (body,) = ast.parse(textwrap.dedent(inspect.getsource(cls))).body
-    assert isinstance(body, ast.ClassDef)
-    found = {}
-    for field, after in zip(body.body, body.body[1:], strict=False):
-        if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-            value = after.value
-            if isinstance(value, ast.Constant) and isinstance(value.value, str):
-                assert isinstance(field.target, ast.Name)
-                found[field.target.id] = " ".join(value.value.split())
-    return found
 
 
 def _default(field: dataclasses.Field[Any]) -> str:

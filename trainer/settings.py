@@ -6,8 +6,11 @@ mappings and calls :func:`from_mapping`, so that a misspelt key or a wrong type 
 everywhere: what, where, and what was probably meant.
 """
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
@@ -61,6 +64,20 @@ def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
 def keys_of(cls: type) -> list[str]:
     """Names of the fields of the dataclass ``cls``, in order of declaration."""
     return [field.name for field in dataclasses.fields(cls)]
+
+
+def field_docstrings(cls: type) -> dict[str, str]:
+    """The string literal under each annotated field of ``cls`` and the dataclasses it derives from."""
+    found: dict[str, str] = {}
+    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
+        assert isinstance(definition, ast.ClassDef)
+        for field, after in zip(definition.body, definition.body[1:], strict=False):
+            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
+                assert isinstance(field.target, ast.Name)
+                assert isinstance(after.value, ast.Constant)
+                found[field.target.id] = " ".join(str(after.value.value).split())
+    return found
 
 
 def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], where: str) -> None:

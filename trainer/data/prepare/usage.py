@@ -1,11 +1,11 @@
 """The settings of a dataclass as text, from its fields and the docstrings under them."""
 
-import ast
 import dataclasses
-import inspect
 import textwrap
 from pathlib import Path
 from typing import get_args, get_type_hints
+
+from tightrec.trainer.settings import field_docstrings
 
 WIDTH = 100
 
@@ -21,20 +21,6 @@ def describe(name: str, cls: type) -> str:
         told.append(f"  {field.name}={'|'.join(choices) or _type_name(kind)}  ({default})")
         told += textwrap.wrap(meanings[field.name], WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(told)
-
-
-def field_docstrings(cls: type) -> dict[str, str]:
-    """The string literal under each annotated field of ``cls`` and the dataclasses it derives from."""
-    found: dict[str, str] = {}
-    for part in reversed([base for base in cls.__mro__ if dataclasses.is_dataclass(base)]):
-        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(part))).body
-        assert isinstance(definition, ast.ClassDef)
-        for field, after in zip(definition.body, definition.body[1:], strict=False):
-            if isinstance(field, ast.AnnAssign) and isinstance(after, ast.Expr):
-                assert isinstance(field.target, ast.Name)
-                assert isinstance(after.value, ast.Constant)
-                found[field.target.id] = " ".join(str(after.value.value).split())
-    return found
 
 
 def _type_name(kind: object) -> str:
