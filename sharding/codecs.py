@@ -4,7 +4,9 @@ torchrec falls back silently (bf16 to fp16 on gloo, fp8 to fp16 in a reduce-scat
 assertion in the first step. Here a combination either runs as named or is refused before training.
 """
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torchrec.distributed.fbgemm_qcomm_codec import CommType, QCommsConfig, get_qcomm_codecs
@@ -57,31 +59,47 @@ def refusal(codec: CodecName, direction: str, sharding_type: str, device_type: s
     return None
 
 
-def require_runnable(
-    codec: CodecConfig,
-    sharding_types: Iterable[tuple[str, str]],
-    dim: int,
-    batch_size: int,
-    device: torch.device,
-) -> None:
-    """Check the codec against every (table, sharding type) of the plan, before training.
+class Held(NamedTuple):
+    """Columns of a table that a rank holds, whichever rows."""
+
+    table: str
+    sharding_type: str
+    rank: int
+    columns: int
+
+
+def require_runnable(codec: CodecConfig, plan: Sequence[Held], batch_size: int, device: torch.device) -> None:
+    """Check the codec against every table of a plan, before training.
 
     Raises:
         ValueError: naming codec, direction, table and sharding type, and what to use instead.
     """
     for direction in ("forward", "backward"):
         name: CodecName = getattr(codec, direction)
-        for table, kind in sharding_types:
-            why = refusal(name, direction, kind, device.type)
+        for held in plan:
+            why = refusal(name, direction, held.sharding_type, device.type)
             if why:
                 raise ValueError(
-                    f"codec.{direction}={name} cannot run with table {table} sharded {kind} on "
-                    f"{device.type}: {why}. Use codec.{direction}=none or fp16, or shard it table_wise."
+                    f"codec.{direction}={name} cannot run with table {held.table} sharded "
+                    f"{held.sharding_type} on {device.type}: {why}. Use codec.{direction}=none or fp16, or "
+                    "shard it table_wise."
                 )
-        if name == "int8" and batch_size * dim % _INT8_GROUP:
+        if name == "int8":
+            _require_whole_groups(direction, plan, batch_size)
+
+
+def _require_whole_groups(direction: str, plan: Sequence[Held], batch_size: int) -> None:
+    """torchrec asserts that what int8 sends from one rank to another is whole groups of 32 values."""
+    columns: Counter[tuple[str, int]] = Counter()
+    for held in plan:
+        if held.sharding_type != "data_parallel":
+            columns[held.sharding_type, held.rank] += held.columns
+    for (kind, rank), width in columns.items():
+        if batch_size * width % _INT8_GROUP:
             raise ValueError(
-                f"codec.{direction}=int8 quantises groups of {_INT8_GROUP} values and needs data.batch_size "
-                f"x model.embedding_dim ({batch_size} x {dim}) to be a multiple of it. Change one of the two."
+                f"codec.{direction}=int8 quantises groups of {_INT8_GROUP} values, but the {kind} tables of rank "
+                f"{rank} send {batch_size} rows of {width} columns, which do not fill whole groups. Make "
+                f"data.loader.batch_size a multiple of {_INT8_GROUP}."
             )
 
 

@@ -22,7 +22,7 @@ class ShardingConfig:
     """``auto``: torchrec's planner chooses. Else every table is sharded that way."""
 
     tables: dict[str, ShardingName] = field(default_factory=dict)
-    """Sharding type by table name, before ``type``; a name may end in ``*``."""
+    """Sharding type by table name or shell pattern (``t_C*``), before ``type``; the last match counts."""
 
     exclude: tuple[ShardingName, ...] = ()
     """Types that the planner may not choose (``auto`` only)."""

@@ -24,7 +24,7 @@ from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingType
 from torchrec.modules.embedding_configs import BaseEmbeddingConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tightrec.sharding.codecs import bytes_per_value
+from tightrec.sharding.codecs import Held, bytes_per_value
 from tightrec.sharding.config import CodecConfig, ShardingConfig, ShardingName
 
 _GB = 1024**3
@@ -193,7 +193,7 @@ def _planned(
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"torchrec's planner found no plan: {reason} Raise sharding.memory_gb, use more ranks, a smaller "
-            "model.embedding_dim or data.batch_size, or force a type with sharding.type."
+            "model.embedding_dim or data.loader.batch_size, or force a type with sharding.type."
         ) from None
     (plan,) = found.plan.values()
     return plan
@@ -247,6 +247,18 @@ def _column_ranks(config: BaseEmbeddingConfig, cluster: Cluster) -> list[int]:
     return list(range(shards))
 
 
+def held_columns(plan: EmbeddingModuleShardingPlan) -> list[Held]:
+    """Which rank holds how many columns of which table; data-parallel tables stand with rank 0 and none."""
+    found = []
+    for name, sharding in plan.items():
+        if sharding.sharding_spec is None:
+            found.append(Held(name, sharding.sharding_type, 0, 0))
+            continue
+        for rank, shard in zip(sharding.ranks, sharding.sharding_spec.shards, strict=True):
+            found.append(Held(name, sharding.sharding_type, rank, shard.shard_sizes[1]))
+    return found
+
+
 def plan_rows(
     plan: EmbeddingModuleShardingPlan,
     tables: Sequence[BaseEmbeddingConfig],
@@ -255,23 +267,19 @@ def plan_rows(
     batch_size: int,
     optimizer_floats_per_value: float,
 ) -> list[PlanRow]:
-    """Describe ``plan``; bytes are payload sent between ranks, ``batch_size`` rows a rank."""
+    """Describe ``plan``; bytes are payload sent between ranks, ``batch_size`` rows a rank.
+
+    The gradients of data-parallel tables travel in the dense layers' all-reduce and are not counted.
+    """
     rows = []
-    others = cluster.world - 1
     for config in tables:
         sharding = plan[config.name]
         kind = sharding.sharding_type
         cells = config.num_embeddings * config.embedding_dim
         copies = cluster.world if kind == "data_parallel" else 1
-        forward = backward = 0
-        if kind == "data_parallel":
-            backward = 2 * others * cells * 4
-        else:
-            # Partial sums of a row-sharded table go from every rank that holds rows of it.
-            holders = len(set(sharding.ranks or [])) if "row_wise" in kind else 1
-            values = holders * others * batch_size * config.embedding_dim
-            forward = round(values * bytes_per_value(codec.forward, config.embedding_dim))
-            backward = round(values * bytes_per_value(codec.backward, config.embedding_dim))
+        values = _vectors_sent(kind, cluster) * batch_size * config.embedding_dim
+        forward = round(values * bytes_per_value(codec.forward, config.embedding_dim))
+        backward = round(values * bytes_per_value(codec.backward, config.embedding_dim))
         rows.append(
             PlanRow(
                 table=config.name,
@@ -285,3 +293,16 @@ def plan_rows(
             )
         )
     return rows
+
+
+def _vectors_sent(kind: str, cluster: Cluster) -> int:
+    """How many times a table's [batch_size, dim] leaves a rank for another in one direction, all ranks."""
+    world, local, hosts = cluster.world, cluster.local_world, cluster.hosts
+    if kind == "data_parallel":
+        return 0
+    if kind == "row_wise":
+        return world * (world - 1)
+    if kind in ("table_row_wise", "grid_shard"):
+        # A reduce-scatter of everybody's rows inside the machine, then the sums to the other machines.
+        return (local - 1) * world + local * (hosts - 1)
+    return world - 1

@@ -12,7 +12,7 @@ from torchrec.optim.keyed import CombinedOptimizer
 
 from tightrec.models.dlrm import DLRM, build_tables
 from tightrec.sharding.codecs import codec_registry, require_runnable
-from tightrec.sharding.plan import Cluster, PlanRow, make_plan, plan_rows
+from tightrec.sharding.plan import Cluster, PlanRow, held_columns, make_plan, plan_rows
 from tightrec.trainer.config import DataConfig, JobConfig
 from tightrec.trainer.data.parquet import ParquetSource
 from tightrec.trainer.data.schema import Schema, load_schema
@@ -78,9 +78,8 @@ def build_task(config: JobConfig, ranks: Ranks, schema: Schema) -> Built:
         qcomm_codecs_registry=codec_registry(config.codec, dim),
     )
     plan = make_plan(tables, sharder, config.sharding, cluster, batch_size)
-    types = [(name, parameter.sharding_type) for name, parameter in plan.items()]
     if ranks.world > 1:
-        require_runnable(config.codec, types, dim, batch_size, ranks.device)
+        require_runnable(config.codec, held_columns(plan), batch_size, ranks.device)
     with torch.random.fork_rng(devices=[ranks.device] if ranks.device.type == "cuda" else []):
         torch.manual_seed(derived_seed(config.seed, 0, "dense"))
         task = ClickTask(DLRM(tables, len(schema.dense), config.model, ranks.device))

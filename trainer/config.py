@@ -145,10 +145,11 @@ class JobConfig:
 
     resume: str | None = None
     """A run folder, or one checkpoint in it, to continue: the run's recorded overrides apply first, then
-    those given; the checkpoint, or the newest complete one, is loaded."""
+    those given; the checkpoint, or the newest complete one, is loaded. ``auto``: continue ``run_folder`` if
+    it holds a complete checkpoint, else start there; for launchers that restart a job with the same words."""
 
     seed: int = 0
-    """Seeds initial weights, data order and synthetic rows."""
+    """Seeds initial weights and data order; synthetic rows have ``data.synthetic.seed``."""
 
     data: DataConfig = DataConfig()
     """Where rows come from."""
@@ -177,6 +178,10 @@ class JobConfig:
     debug: DebugConfig = DebugConfig()
     """Looking closely."""
 
+    def __post_init__(self) -> None:
+        if self.resume == "auto" and self.run_folder is None:
+            raise ValueError("resume=auto needs run_folder, the folder to continue or to start in.")
+
 
 def load(overrides: Sequence[str]) -> tuple[JobConfig, dict[str, Any]]:
     """Compose the job from ``conf/`` and Hydra ``overrides``; returns it also as a plain mapping.
@@ -188,7 +193,10 @@ def load(overrides: Sequence[str]) -> tuple[JobConfig, dict[str, Any]]:
     """
     overrides = [*_recorded_overrides(overrides), *overrides]
     # Hydra accepts only keys that it knows: the dataclasses' own defaults, under the files of conf/.
-    ConfigStore.instance().store(name=DEFAULTS, node=dataclasses.asdict(JobConfig()))
+    defaults = OmegaConf.create(dataclasses.asdict(JobConfig()))
+    # Its keys are the names of tables, which nobody knows yet.
+    OmegaConf.set_struct(defaults.sharding.tables, False)
+    ConfigStore.instance().store(name=DEFAULTS, node=defaults)
     try:
         with initialize_config_module(config_module=CONF_MODULE, version_base="1.3"):
             composed = compose(config_name=ROOT, overrides=overrides)
@@ -208,7 +216,13 @@ def yaml(plain: Mapping[str, Any]) -> str:
 def unused_settings(config: JobConfig, overrides: Sequence[str]) -> list[str]:
     """Sentences about settings that were given on the command line and are not read in this job."""
     given = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    multi_hot = config.data.source == "synthetic" and config.data.synthetic.multi_hot
     unused = {
+        "run_folder": config.resume not in (None, "auto"),
+        "data.loader.seed": True,
+        "data.loader.shuffle_groups": not config.data.loader.shuffle,
+        "data.synthetic.multi_hot_mean": not multi_hot,
+        "train.metrics.bins": config.train.metrics.auc != "binned",
         "data.path": config.data.source != "parquet",
         "data.synthetic": config.data.source != "synthetic",
         "model.cross_layers": config.model.architecture != "dcnv2",
@@ -231,6 +245,15 @@ def unused_settings(config: JobConfig, overrides: Sequence[str]) -> list[str]:
 
 
 def _why_unused(setting: str, config: JobConfig) -> str:
+    special = {
+        "run_folder": "resume names the folder",
+        "data.loader.seed": "seed orders the data",
+        "data.loader.shuffle_groups": "data.loader.shuffle=false",
+        "data.synthetic.multi_hot_mean": "data.synthetic.multi_hot=0",
+        "train.metrics.bins": f"train.metrics.auc={config.train.metrics.auc}",
+    }
+    if setting in special:
+        return special[setting]
     return {
         "data": f"data.source={config.data.source}",
         "model": f"model.architecture={config.model.architecture}",
@@ -252,7 +275,7 @@ def write_record(folder: Path, plain: Mapping[str, Any], overrides: Sequence[str
 
 def _recorded_overrides(overrides: Sequence[str]) -> list[str]:
     folders = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
-    if not folders or folders[-1] in ("null", ""):
+    if not folders or folders[-1] in ("null", "", "auto"):
         return []
     folder = Path(folders[-1])
     if folder.parent.name == CHECKPOINTS:

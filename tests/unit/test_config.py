@@ -73,7 +73,11 @@ def test_a_mistake_is_a_sentence_that_names_the_word(words, told):
         (["optimizer=sgd", "optimizer.tables.eps=0.1"], ["optimizer.tables.eps"]),
         (["sharding.memory_gb=3"], ["sharding.memory_gb"]),
         (["sharding=auto", "sharding.memory_gb=3"], []),
-        (["train.epochs=3", "codec=int8"], []),
+        (["train.epochs=3", "codec=int8", "data.loader.batch_size=7"], []),
+        (["data.loader.seed=3"], ["data.loader.seed"]),
+        (["data.loader.shuffle=false", "data.loader.shuffle_groups=3"], ["data.loader.shuffle_groups"]),
+        (["train.metrics.auc=exact", "train.metrics.bins=300"], ["train.metrics.bins"]),
+        (["data.synthetic.multi_hot_mean=2"], ["data.synthetic.multi_hot_mean"]),
     ],
 )
 def test_settings_that_nothing_reads_are_named(words, idle):
@@ -94,6 +98,18 @@ def test_resume_repeats_the_recorded_words_and_later_words_win(tmp_path: Path):
     assert load([f"resume={tmp_path}"])[0].train.epochs == 5
     checkpoint = tmp_path / "checkpoints" / "step-00000005"
     assert load([f"resume={checkpoint}"])[0].seed == 7
+
+
+def test_one_table_can_be_sharded_another_way_from_the_command_line():
+    for words in (["sharding.tables={t_C1: row_wise}"], ["sharding.tables.t_C1=row_wise"]):
+        config, _ = load(words)
+        assert (config.sharding.type, config.sharding.tables) == ("table_wise", {"t_C1": "row_wise"})
+
+
+def test_resume_auto_needs_no_folder_to_be_there_yet():
+    assert load(["resume=auto", "run_folder=somewhere"])[0].resume == "auto"
+    with pytest.raises(ValueError, match=r"resume=auto needs run_folder"):
+        load(["resume=auto"])
 
 
 def test_resume_of_a_folder_that_is_no_run_says_so(tmp_path: Path):

@@ -78,6 +78,10 @@ class _BadData:
     words: str
 
 
+_OF_THE_JOB = {signal.SIGTERM, signal.SIGINT}
+"""Signals that torchrun, clusters and a terminal's Ctrl-C send to every process of a job."""
+
+
 class _Streams(IterableDataset):
     """In worker i, the i-th stream."""
 
@@ -93,10 +97,10 @@ class _Streams(IterableDataset):
 
 
 def _start_forkserver() -> None:
-    """Start it with SIGTERM blocked: torchrun and clusters send that to every process of a job, but the rank
-    needs its workers, which are the server's children, until it has saved its state."""
-    resource_tracker.ensure_running()  # this alone would unblock SIGTERM again
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    """Start it with the whole job's signals blocked: the rank needs its workers, which are the server's
+    children, until it has saved its state."""
+    resource_tracker.ensure_running()  # this alone would unblock them again
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
     try:
         forkserver.ensure_running()
     finally:
@@ -105,7 +109,7 @@ def _start_forkserver() -> None:
 
 def _live_and_die_with_the_rank(_worker: int) -> None:
     # Blocked before any thread starts, so that all of the worker's threads have it blocked.
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+    signal.pthread_sigmask(signal.SIG_BLOCK, _OF_THE_JOB)
     threading.Thread(target=_watch, daemon=True).start()
 
 
