@@ -97,9 +97,9 @@ def _require_whole_groups(direction: str, plan: Sequence[Held], batch_size: int)
     for (kind, rank), width in columns.items():
         if batch_size * width % _INT8_GROUP:
             raise ValueError(
-                f"codec.{direction}=int8 quantises groups of {_INT8_GROUP} values, but the {kind} tables of rank "
-                f"{rank} send {batch_size} rows of {width} columns, which do not fill whole groups. Make "
-                f"data.loader.batch_size a multiple of {_INT8_GROUP}."
+                f"codec.{direction}=int8 quantises groups of {_INT8_GROUP} values, but the {kind} tables of "
+                f"rank {rank} send {batch_size} rows of {width} columns, which do not fill whole groups. "
+                f"Make data.loader.batch_size a multiple of {_INT8_GROUP}."
             )
 
 

@@ -23,14 +23,16 @@ def main(words: list[str]) -> int:
         require_versions()
         # Deferred so that a mismatched torch, torchrec and fbgemm are told in words by the line above
         # before a loader fails on them.
-        from tightrec.trainer import config, help_text, job
+        from tightrec.trainer import checkpoint, config, control, help_text, job
 
         if "--help" in words or "-h" in words:
             _print_once(help_text.text())
             return FINISHED
-        overrides = [word for word in words if word not in ("--cfg", "job")]
+        show = "--cfg" in words
+        # Hydra's own spelling is `--cfg job`.
+        overrides = [word for word in words if not show or word not in ("--cfg", "job")]
         settings, plain = config.load(overrides)
-        if "--cfg" in words:
+        if show:
             _print_once(config.yaml(plain))
             return FINISHED
     except ValueError as error:
@@ -51,9 +53,9 @@ def main(words: list[str]) -> int:
         return MISTAKEN
     try:
         return job.run(settings, plain, overrides)
-    except (ValueError, ArithmeticError) as error:
+    except (ValueError, control.NotANumber, checkpoint.CheckpointFailed) as error:
         _tell(error)
-        return FAILED if isinstance(error, ArithmeticError) else MISTAKEN
+        return MISTAKEN if isinstance(error, ValueError) else FAILED
     except KeyboardInterrupt:
         print("interrupted; resume=RUN_FOLDER goes on from the last checkpoint", file=sys.stderr, flush=True)
         return INTERRUPTED

@@ -37,6 +37,10 @@ from tightrec.trainer.checkpoint_state import (
 T = TypeVar("T")
 
 
+class CheckpointFailed(RuntimeError):
+    """A checkpoint could not be written or read, for reasons outside the job; the message says which."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class CheckpointConfig:
     """When and how state is saved."""
@@ -101,7 +105,7 @@ class Checkpointer:
 
         Raises:
             ValueError: ``extra`` is not JSON, or state that cannot be saved.
-            RuntimeError: the save before this one failed, or this one if it is waited for; on all ranks.
+            CheckpointFailed: the save before this one failed, or this one if it is waited for; on all ranks.
         """
         self.wait()
         try:
@@ -128,14 +132,14 @@ class Checkpointer:
         """Return when no save runs any more.
 
         Raises:
-            RuntimeError: the last save failed; told once, on all ranks.
+            CheckpointFailed: the last save failed; told once, on all ranks.
         """
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         failure, self._failure = self._failure, None
         if failure:
-            raise RuntimeError(failure)
+            raise CheckpointFailed(failure)
 
     def close(self) -> None:
         """Wait for the last save; call it before process groups are destroyed.
@@ -222,7 +226,7 @@ class _Ranks:
         """Do ``work`` on every rank; its results in order of rank.
 
         Raises:
-            RuntimeError: on every rank, if any rank's work raised.
+            CheckpointFailed: on every rank, if any rank's work raised.
         """
         result, failure = None, None
         try:
@@ -232,7 +236,7 @@ class _Ranks:
         outcomes = self.gather((result, failure))
         failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
         if failures:
-            raise RuntimeError("; ".join(failures))
+            raise CheckpointFailed("; ".join(failures))
         return [value for value, _ in outcomes]  # type: ignore[misc]
 
     def first(self, work: Callable[[], Any]) -> None:
@@ -313,7 +317,7 @@ def _read(
                 no_dist=ranks.group is None,
             )
     except CheckpointException as error:
-        raise RuntimeError(f"The checkpoint {reader.path} could not be read: {_words(error)}.") from None
+        raise CheckpointFailed(f"The checkpoint {reader.path} could not be read: {_words(error)}.") from None
     for name, conversion in converted.items():
         target = leaves[name].value
         if conversion.source is None:

@@ -19,7 +19,11 @@ _STOP, _NOT_A_NUMBER = 0, 1
 
 
 class NotANumber(ArithmeticError):
-    """The loss was NaN or infinite; the message says at which step and with which batch."""
+    """The loss was NaN or infinite; the message says at which step, on which rank and with which batch."""
+
+    def __init__(self, words: str, step: int) -> None:
+        super().__init__(words)
+        self.step = step
 
 
 @dataclass
@@ -114,10 +118,12 @@ class Control:
         flags = [bool(flag) for flag in self._flags]
         self._work = self._flags = None
         if flags[_NOT_A_NUMBER]:
-            if self._first_bad:
-                step, fingerprint = self._first_bad
-                raise NotANumber(f"the loss of step {step} is not a finite number; batch {fingerprint}")
-            raise NotANumber("the loss of another rank is not a finite number; its message names the step")
+            found: list[tuple[int, str] | None] = [None] * dist.get_world_size(self._group)
+            dist.all_gather_object(found, self._first_bad, group=self._group)
+            step, rank, batch = min((bad[0], rank, bad[1]) for rank, bad in enumerate(found) if bad)
+            raise NotANumber(
+                f"the loss of step {step} on rank {rank} is not a finite number; batch {batch}", step
+            )
         return flags
 
     def _check_losses(self) -> None:

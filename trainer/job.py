@@ -7,19 +7,21 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed as dist
 
 from tightrec.sharding.plan_table import plan_json, plan_text
 from tightrec.sharding.traffic import counted_traffic
 from tightrec.trainer.build import Built, build_task, open_sources
 from tightrec.trainer.checkpoint import Checkpointer
-from tightrec.trainer.checkpoint_files import latest_complete
+from tightrec.trainer.checkpoint_files import find_checkpoints, latest_complete
 from tightrec.trainer.config import CHECKPOINTS, JobConfig, unused_settings, write_record
-from tightrec.trainer.control import Control, NotANumber, StopRequest, stop_on_signals
+from tightrec.trainer.control import Control, StopRequest, stop_on_signals
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.source import Source
@@ -58,6 +60,7 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
             log.warn("With one rank nothing is exchanged, so the codec changes nothing.")
         sources = open_sources(config.data)
         built = build_task(config, ranks, sources["train"].schema)
+        _warn_of_idle(config, overrides, sources, log)
         _describe(config, plain, ranks, folder, built, sources, log)
         if config.debug.dry_run:
             log.say("dry run: stopped before the first step")
@@ -86,8 +89,14 @@ def _train(
     progress = Progress(step=0, position=loaders["train"].start(0))
     if checkpoint is not None:
         extra = checkpointer.load(checkpoint, {"model": built.task, "optimizer": built.optimizer})
-        progress = Progress(step=extra["step"], position=Position.from_dict(extra["position"]))
+        progress = Progress(
+            step=extra["step"],
+            position=Position.from_dict(extra["position"]),
+            evaluation_due=extra["evaluation_due"],
+        )
         log.say(f"resumed after step {progress.step} from {checkpoint}")
+    agreement = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
+    trace = StepTrace(folder, ranks.rank, config.debug.trace_step)
     with (
         counted_traffic() as traffic,
         torch.autograd.set_detect_anomaly(config.debug.detect_anomaly),
@@ -100,17 +109,21 @@ def _train(
             pipeline=build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device),
             learning_rate=built.learning_rate,
             loaders=loaders,
-            control=Control(ranks.control, config.train.agree_every, request),
+            control=Control(agreement, config.train.agree_every, request),
             checkpointer=checkpointer,
             traffic=traffic,
             profiler=StepProfiler(config.logging.split_every, ranks.device),
-            trace=StepTrace(folder, ranks.rank, config.debug.trace_step),
+            trace=trace,
             log=log,
         )
-        try:
-            return trainer.fit(progress)
-        finally:
-            checkpointer.close()
+        outcome = trainer.fit(progress)
+    # Not where training failed: a save still under way would wait there for ranks that are gone.
+    checkpointer.close()
+    if not trace.close():
+        log.warn(
+            f"debug.trace_step={config.debug.trace_step}: there was no such step, so no trace was written."
+        )
+    return outcome
 
 
 def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Loader:
@@ -124,27 +137,56 @@ def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Load
 
 def _folders(config: JobConfig, ranks: Ranks) -> tuple[Path, Path | None]:
     """The run's folder, the same on every rank, and the checkpoint to resume from."""
-    if config.resume is None:
-        stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-        folder = Path(ranks.from_first(config.run_folder or f"runs/{config.name}/{stamp}"))
-        if config.run_folder is not None:
-            newest = ranks.from_first(latest_complete(folder / CHECKPOINTS))
-            if newest is not None:
-                raise ValueError(
-                    f"run_folder={folder} already holds the checkpoint {newest.name}. Continue it with "
-                    f"resume={folder}, or give another folder."
-                )
-        return folder, None
-    given = Path(config.resume)
+    if config.resume is None and config.run_folder is None:
+        return Path(ranks.from_first(_new_folder(config.name) if ranks.rank == 0 else None)), None
+    given = Path(config.resume if config.resume not in (None, "auto") else config.run_folder or "")
     if given.parent.name == CHECKPOINTS:
         return given.parent.parent, given
-    newest = ranks.from_first(latest_complete(given / CHECKPOINTS))
-    if newest is None:
+    # Damage shows when the newest is loaded, which names the file and the checkpoint before it.
+    saved = ranks.from_first(find_checkpoints(given / CHECKPOINTS))
+    if config.resume is None and saved:
+        raise ValueError(
+            f"run_folder={given} already holds the checkpoint {saved[-1].name}. Continue it with "
+            f"resume={given}, or give another folder."
+        )
+    if config.resume not in (None, "auto") and not saved:
         raise ValueError(
             f"resume={given}: there is no complete checkpoint in {given / CHECKPOINTS}. Start the job "
             "afresh, without resume."
         )
-    return given, newest
+    return given, saved[-1] if saved else None
+
+
+def _new_folder(name: str) -> str:
+    """Make a folder of the present second, with a number behind it where one is taken."""
+    stamp = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in count(1):
+        folder = Path(f"runs/{name}/{stamp}{f'_{number}' if number > 1 else ''}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        return str(folder)
+    raise AssertionError("count() never ends")
+
+
+def _warn_of_idle(
+    config: JobConfig, overrides: Sequence[str], sources: dict[str, Source], log: RunLog
+) -> None:
+    """Name settings that were given and that this data leaves without effect."""
+    given = {word.lstrip("+~").partition("=")[0] for word in overrides}
+    idle = {
+        "train.eval_every": ("valid" not in sources, "the data has no valid split"),
+        "train.eval_steps": (
+            "valid" not in sources and "test" not in sources,
+            "there is nothing to evaluate",
+        ),
+        "train.test": ("test" not in sources, "the data has no test split"),
+        "model.bottom_layers": (not sources["train"].schema.dense, "the data has no dense columns"),
+    }
+    for setting, (unused, why) in idle.items():
+        if unused and setting in given:
+            log.warn(f"{setting} is set but not used: {why}.")
 
 
 def _describe(
@@ -205,7 +247,7 @@ def _close(
 ) -> None:
     best: dict[str, float] = {}
     for split, source in sources.items():
-        if isinstance(source, SyntheticSource) and split in outcome.scores:
+        if log.first and isinstance(source, SyntheticSource) and split in outcome.scores:
             best[split] = source.bayes_auc()
     steps = max(1, outcome.steps)
     log.finish(
@@ -222,10 +264,10 @@ def _close(
 
 @contextmanager
 def _traced_failure(folder: Path, ranks: Ranks) -> Iterator[None]:
-    """Keep the traceback of a failure in the run folder; the console gets the sentence."""
+    """Keep the traceback of a failure in the run folder; of those in words the console gets no more."""
     try:
         yield
-    except (ValueError, NotANumber) as error:
+    except Exception as error:
         folder.mkdir(parents=True, exist_ok=True)
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
         with (folder / f"error-rank{ranks.rank}.log").open("a") as file:

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Generator
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -11,7 +12,7 @@ from torch import nn
 
 from tightrec.sharding.traffic import Traffic
 from tightrec.trainer.checkpoint import Checkpointer
-from tightrec.trainer.checkpoint_files import latest_complete
+from tightrec.trainer.checkpoint_files import find_checkpoints, step_of
 from tightrec.trainer.config import TrainConfig
 from tightrec.trainer.control import Control, NotANumber
 from tightrec.trainer.data.batch import Batch
@@ -26,6 +27,10 @@ from tightrec.trainer.timing import StepProfiler
 from tightrec.trainer.trace import StepTrace
 
 
+class _StopAgreed(Exception):
+    """All ranks have agreed to stop here."""
+
+
 @dataclass
 class Progress:
     """Where training stands; saved with every checkpoint."""
@@ -35,6 +40,9 @@ class Progress:
 
     position: Position
     """What of the training split has been read; it knows its epoch."""
+
+    evaluation_due: bool = False
+    """Whether the validation that belongs to this step is still to come."""
 
 
 @dataclass(kw_only=True)
@@ -89,44 +97,44 @@ class Trainer:
         """
         outcome = Outcome()
         try:
-            while progress.position.epoch < self.config.epochs and not self._enough(progress.step):
-                if self._epoch(progress, outcome):
-                    outcome.status = "stopped"
-                    self._save(progress, wait=True)
-                    return outcome
+            self._fit(progress, outcome)
+        except _StopAgreed:
+            outcome.status = "stopped"
+            self._save(progress, wait=True)
         except NotANumber as error:
-            raise NotANumber(f"{error}. {self._last_good()}") from None
+            raise NotANumber(f"{error}. {self._last_good(error.step)}", error.step) from None
+        return outcome
+
+    def _fit(self, progress: Progress, outcome: Outcome) -> None:
+        self._evaluate_if_due(progress, outcome)
+        while progress.position.epoch < self.config.epochs and not self._enough(progress.step):
+            self._epoch(progress, outcome)
         if not self.checkpointer.due(progress.step):
             self._save(progress)
         if self.config.test and "test" in self.loaders:
             self._evaluate("test", progress.step, outcome)
-        return outcome
 
-    def _epoch(self, progress: Progress, outcome: Outcome) -> bool:
-        """Train to the end of the epoch; True if a stop was agreed before."""
+    def _epoch(self, progress: Progress, outcome: Outcome) -> None:
+        """Train to the end of the epoch."""
         loader, begin = self.loaders["train"], progress.position
-        counts = self.ranks.gather(loader.batches(begin))
-        total = self._at_most(max(counts), progress.step)
+        most = max(self.ranks.gather(loader.batches(begin)))
+        total = self._at_most(most, progress.step)
         self.log.begin_epoch(epoch=begin.epoch, epochs=self.config.epochs, step=progress.step, steps=total)
         done = 0
-        stream = loader.iterate(begin, steps=total)
-        try:
+        with closing(loader.iterate(begin, steps=total)) as stream:
             while done < total:
                 length = min(total - done, self._to_boundary(progress.step))
                 ran, stop = self._segment(stream, length, progress.step, outcome)
                 done += ran
                 progress.step += ran
-                progress.position = loader.advance(begin, [min(done, count) for count in counts])
+                progress.position = loader.advance(begin, [done] * self.ranks.world)
                 if stop:
-                    return True
+                    raise _StopAgreed
                 if done < total:
                     self._boundary(progress, outcome)
-        finally:
-            stream.close()
-        if done == max(counts):
+        if done == most:
             progress.position = loader.start(begin.epoch + 1)
         self._boundary(progress, outcome, end_of_epoch=True)
-        return False
 
     def _segment(
         self, stream: Generator[Batch], length: int, step: int, outcome: Outcome
@@ -182,51 +190,70 @@ class Trainer:
         )
 
     def _boundary(self, progress: Progress, outcome: Outcome, end_of_epoch: bool = False) -> None:
-        """Evaluate and save where it is due."""
+        """Save and evaluate where it is due."""
+        due = progress.step % self.config.eval_every == 0 if self.config.eval_every else end_of_epoch
+        progress.evaluation_due = due and "valid" in self.loaders
         if self.checkpointer.due(progress.step):
             self._save(progress)
-        due = progress.step % self.config.eval_every == 0 if self.config.eval_every else end_of_epoch
-        if due and "valid" in self.loaders:
+        self._evaluate_if_due(progress, outcome)
+
+    def _evaluate_if_due(self, progress: Progress, outcome: Outcome) -> None:
+        if progress.evaluation_due:
             self._evaluate("valid", progress.step, outcome)
+            progress.evaluation_due = False
 
     def _evaluate(self, split: str, step: int, outcome: Outcome) -> None:
+        """Score the model on ``split``; a stop that is agreed meanwhile leaves it without scores."""
         loader = self.loaders[split]
         start = loader.start(0)
         total = max(self.ranks.gather(loader.batches(start)))
         total = min(total, self.config.eval_steps or total)
         evaluation = Evaluation(self.config.metrics, self.ranks.device)
-        stream = loader.iterate(start, steps=total)
-        batches = Drained(stream, total)
         self.task.eval()
         try:
-            with torch.no_grad():
-                for _ in range(total):
+            with torch.no_grad(), closing(loader.iterate(start, steps=total)) as stream:
+                batches = Drained(stream, total)
+                for done in range(1, total + 1):
                     predictions = self.pipeline.progress(batches)
                     batch = predictions.batch
                     evaluation.update(predictions.logits, batch.labels, batch.weights)
+                    if self.control.point(done, now=done == total):
+                        raise _StopAgreed
         finally:
-            stream.close()
             self.task.train()
         scores = evaluation.compute(self.ranks.control)
         outcome.scores[split] = scores
         self.log.evaluation(split, step, scores)
 
     def _save(self, progress: Progress, wait: bool = False) -> None:
-        """Save state; nothing with a NaN gets here, because a segment ends with an agreement."""
-        extra = {"step": progress.step, "position": progress.position.to_dict()}
+        """Save state, having made sure that it holds numbers."""
+        finite = all(bool(weights.isfinite().all()) for weights in self.task.parameters())
+        if not all(self.ranks.gather(finite)):
+            raise NotANumber(
+                f"the weights after step {progress.step} hold values that are not finite numbers",
+                progress.step + 1,
+            )
+        extra = {
+            "step": progress.step,
+            "position": progress.position.to_dict(),
+            "evaluation_due": progress.evaluation_due,
+        }
         self.checkpointer.save(progress.step, self.state(), extra, wait=wait)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint holds beside :class:`Progress`."""
         return {"model": self.task, "optimizer": self.optimizer}
 
-    def _last_good(self) -> str:
+    def _last_good(self, bad_step: int) -> str:
+        """The newest checkpoint whose weights gave a finite loss afterwards."""
         self.checkpointer.wait()
-        newest = latest_complete(self.checkpointer.folder)
-        if newest is None:
-            return "There is no checkpoint yet; lower the learning rates or look at the batch."
+        # The loss of step k comes from the weights after step k - 1, so those are not good.
+        good = [c for c in find_checkpoints(self.checkpointer.folder) if step_of(c) < bad_step - 1]
+        if not good:
+            return "There is no good checkpoint yet; lower the learning rates or look at the batch."
         return (
-            f"The last good checkpoint is {newest}; resume=RUN_FOLDER goes on from it, with lower rates, say."
+            f"The last good checkpoint is {good[-1].name}: go on from it with resume={good[-1]} and lower "
+            "learning rates, say."
         )
 
     def _enough(self, step: int) -> bool:

@@ -10,7 +10,7 @@ STEPS = 3
 
 
 class StepTrace:
-    """Writes ``trace-rankR.json`` (Chrome's trace format) of ``STEPS`` steps from ``first`` on.
+    """Writes ``trace-rankR.json`` (Chrome's format) of up to ``STEPS`` steps from ``first`` on.
 
     Args:
         first: the first step, counted from 1; None: no trace.
@@ -35,5 +35,12 @@ class StepTrace:
         with record_function(f"step {step}"):
             yield
         if step == self._first + STEPS - 1:
+            self.close()
+
+    def close(self) -> bool:
+        """Write what has been traced so far; False if a trace was asked for and there is none."""
+        if self._profile is not None:
             self._profile.stop()
             self._profile.export_chrome_trace(str(self._path))
+            self._profile, self._first = None, None
+        return self._first is None

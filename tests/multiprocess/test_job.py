@@ -1,8 +1,11 @@
 """Whole jobs on gloo ranks: every configuration runs, resumes, ends together and says why it stopped."""
 
+import math
 import os
+import re
 import signal
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -51,8 +54,11 @@ def test_pipelines_and_switches_give_the_same_losses(tmp_path: Path):
     job(2, tmp_path / "c", *words, "data.loader.workers=1", "train.eval_every=2")
     assert len(losses(tmp_path / "a")) == 6
     assert losses(tmp_path / "a") == losses(tmp_path / "b") == losses(tmp_path / "c")
-    job(2, tmp_path / "d", *words, "model.dense_precision=bf16")
-    assert losses(tmp_path / "d") != losses(tmp_path / "a")
+    for number, other in enumerate(
+        ["model.dense_precision=bf16", "optimizer.dense.clip_norm=null", "schedule.warmup_steps=0"]
+    ):
+        job(2, tmp_path / str(number), *words, other)
+        assert losses(tmp_path / str(number)) != losses(tmp_path / "a"), other
 
 
 @pytest.mark.parametrize("codec", ["fp16", "int8", "mx4"])
@@ -106,16 +112,24 @@ def test_ranks_with_unequal_or_no_rows_end_together(tmp_path: Path, world, rows,
         assert summary(folder)["scores"]["test"]["rows"] == 1
 
 
-def _stopped(rank: int, world: int, words: list[str]) -> int:
+def _stopped(rank: int, world: int, words: list[str], folder: str, kind: str) -> int:
+    """The job, with a SIGTERM to rank 1 once the run has written a record of this ``kind``."""
+
+    def tell() -> None:
+        while not (path.is_file() and f'"{kind}"' in path.read_text()):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    path = Path(folder) / "metrics.jsonl"
     if rank == 1:
-        threading.Timer(1.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        threading.Thread(target=tell, daemon=True).start()
     return run_job(rank, world, words)
 
 
 def test_sigterm_on_one_rank_saves_exits_0_and_resumes(tmp_path: Path):
     # Endless for the test's purposes; a rank gets its SIGTERM in the middle.
-    long = ["train.epochs=100000"]
-    assert run_ranks(2, _stopped, [*SMALL, *long, f"run_folder={tmp_path}"], connect=False) == [0, 0]
+    words = [*SMALL, "train.epochs=100000", f"run_folder={tmp_path}"]
+    assert run_ranks(2, _stopped, words, str(tmp_path), "train", connect=False) == [0, 0]
     run = summary(tmp_path)
     assert run["status"] == "stopped"
     step = max(losses(tmp_path))
@@ -125,14 +139,45 @@ def test_sigterm_on_one_rank_saves_exits_0_and_resumes(tmp_path: Path):
     assert summary(tmp_path)["status"] == "finished"
 
 
+def test_sigterm_during_an_evaluation_stops_too_and_the_evaluation_comes_after_the_resume(tmp_path: Path):
+    # The first records are of training; the evaluation that follows is the long part.
+    long = ["data.synthetic.valid_rows=3000000", "train.steps=2", "train.eval_every=1", "train.epochs=9"]
+    words = [*SMALL, *long, f"run_folder={tmp_path}"]
+    assert run_ranks(2, _stopped, words, str(tmp_path), "train", connect=False, timeout=60) == [0, 0]
+    assert summary(tmp_path)["status"] == "stopped"
+    assert records(tmp_path, "eval") == []
+    job(2, tmp_path, f"resume={tmp_path}", "train.eval_steps=2", "train.test=false")
+    assert [r["step"] for r in records(tmp_path, "eval")] == [1, 2]
+
+
 def test_a_loss_that_is_not_a_number_stops_with_step_batch_and_last_checkpoint(tmp_path: Path):
     words = ["train.checkpoint.every_steps=1", "optimizer.dense.name=sgd", "optimizer.dense.lr=1e30"]
     with pytest.raises(RankFailure) as failure:
         job(2, tmp_path, *words)
     told = str(failure.value)
-    assert "is not a finite number; batch of 32 rows" in told
-    assert "step-0000000" in told and "resume=" in told
+    assert "on rank" in told and "is not a finite number; batch of 32 rows" in told
+    assert "There is no good checkpoint yet" in told, "the weights after step 1 made the bad loss of step 2"
     assert summary(tmp_path)["status"] == "failed"
+    assert "step 2" in summary(tmp_path)["reason"]
+
+
+def test_the_checkpoint_named_after_a_nan_is_one_that_goes_on(tmp_path: Path):
+    sane = ["optimizer.dense.name=sgd", "optimizer.dense.lr=0.01", "train.checkpoint.every_steps=1"]
+    job(2, tmp_path, *sane, "train.steps=6")
+    with pytest.raises(RankFailure) as failure:
+        job(2, tmp_path, f"resume={tmp_path}", "optimizer.dense.lr=1e30", "train.steps=9")
+    named = re.search(r"resume=(\S+step-\d+)", str(failure.value))
+    assert named, str(failure.value)
+    job(2, tmp_path, f"resume={named[1]}", "optimizer.dense.lr=0.01", "train.steps=9")
+    assert max(losses(tmp_path)) == 9
+    assert all(math.isfinite(loss) for loss in losses(tmp_path).values())
+
+
+def test_resume_auto_starts_and_then_goes_on(tmp_path: Path):
+    words = [*SMALL, f"run_folder={tmp_path}", "resume=auto"]
+    for steps in (2, 5):
+        assert run_ranks(2, run_job, [*words, f"train.steps={steps}"], connect=False) == [0, 0]
+        assert list(losses(tmp_path)) == list(range(1, steps + 1))
 
 
 def test_a_damaged_checkpoint_is_refused_by_file_and_the_one_before_is_offered(tmp_path: Path):
@@ -162,7 +207,8 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path: Path):
 def test_a_dry_run_stops_before_the_first_step(tmp_path: Path):
     job(2, tmp_path, "debug=dry_run")
     assert not (tmp_path / "checkpoints").exists()
-    assert records(tmp_path) == [] if (tmp_path / "metrics.jsonl").exists() else True
+    assert records(tmp_path) == []
+    assert summary(tmp_path)["plan"]
 
 
 def test_a_used_folder_is_not_written_over(tmp_path: Path):

@@ -41,7 +41,8 @@ class RunLog:
     ) -> None:
         self.config = config
         self._folder = folder
-        self._first = rank == 0
+        self.first = rank == 0
+        """Whether this rank is the one that speaks and writes."""
         self._console = ProgressConsole(config.plain_every_s, console)
         self._status = Status()
         self._splits: list[TimeSplit] = []
@@ -49,7 +50,7 @@ class RunLog:
         self._run: dict[str, Any] = {}
 
     def __enter__(self) -> Self:
-        if self._first:
+        if self.first:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._run = {"status": "running", "reason": None, "started": now(), "ended": None, **provenance()}
             if (self._folder / RUN_FILE).is_file():
@@ -65,7 +66,7 @@ class RunLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._first:
+        if not self.first:
             return
         self._console.close()
         self._records.close()
@@ -98,7 +99,7 @@ class RunLog:
             rows: by split, all ranks together.
             parameters_rank0: values that rank 0 trains, its shards of tables included.
         """
-        if self._first:
+        if self.first:
             self._run |= {
                 "name": config.get("name"),
                 "seed": config.get("seed"),
@@ -126,12 +127,12 @@ class RunLog:
 
     def say(self, text: str) -> None:
         """Print ``text``, above the progress line."""
-        if self._first:
+        if self.first:
             self._console.say(text)
 
     def warn(self, text: str) -> None:
         """Print and record a warning; the same one only once."""
-        if self._first and text not in self._warned:
+        if self.first and text not in self._warned:
             self._warned.add(text)
             self._console.say(f"warning: {text}", style="yellow")
             self._write({"kind": "warning", "step": self._status.step, "text": text})
@@ -164,7 +165,7 @@ class RunLog:
             backward_bytes: gradients of embeddings, likewise.
             split: mean time split of the steps sampled since the last call.
         """
-        if not self._first:
+        if not self.first:
             return
         measured = {
             "rows": rows,
@@ -188,7 +189,7 @@ class RunLog:
 
     def evaluation(self, split: str, step: int, scores: Scores) -> None:
         """Record and print the scores of an evaluation on ``split`` after ``step`` steps."""
-        if not self._first:
+        if not self.first:
             return
         self._write({"kind": "eval", "step": step, "split": split, **dataclasses.asdict(scores)})
         self._status.auc = scores.auc
@@ -225,7 +226,7 @@ class RunLog:
             checkpoint: path of the last one, or empty.
             reason: why it stopped.
         """
-        if not self._first:
+        if not self.first:
             return
         self._run |= {
             "steps": steps,
