@@ -39,7 +39,7 @@ def main(words: list[str]) -> int:
         # The same words on every rank, so one rank a machine prints them. torchrun ends the other ranks as
         # soon as one has failed: they give the words time to get out.
         if _local_rank() == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
+            _tell(error)
         else:
             time.sleep(5)
         return MISTAKEN
@@ -63,11 +63,11 @@ def main(words: list[str]) -> int:
 
 def _tell(error: Exception) -> None:
     """Print the words, and hand them to torchrun, whose closing summary shows them again."""
-    from torch.distributed.elastic.multiprocessing.errors import get_error_handler
-
     words = "\n".join([str(error), *getattr(error, "__notes__", [])])
     print(f"error (rank {os.environ.get('RANK', '0')}): {words}", file=sys.stderr, flush=True)
     if "TORCHELASTIC_ERROR_FILE" in os.environ:
+        from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+
         get_error_handler().record_exception(error.with_traceback(None))
 
 

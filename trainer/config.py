@@ -6,10 +6,10 @@ errors (:mod:`tightrec.trainer.settings`); what is set but not used is named by 
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_type_hints
 
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
@@ -291,11 +291,20 @@ def _recorded_overrides(overrides: Sequence[str]) -> list[str]:
     return [str(w) for w in words if not str(w).startswith(("resume=", "run_folder="))]
 
 
+def _leaves(cls: type, prefix: str = "") -> Iterator[str]:
+    """Every setting of ``cls`` by its full name, those that hold others too."""
+    hints = get_type_hints(cls)
+    for name in keys_of(cls):
+        yield prefix + name
+        if dataclasses.is_dataclass(hints[name]):
+            yield from _leaves(hints[name], f"{prefix}{name}.")
+
+
 def _hydra_words(error: Exception) -> str:
     message = str(error).strip()
     first = message.splitlines()[0]
     if "Could not override" in first or "is not in struct" in message:
         key = first.partition("'")[2].partition("'")[0]
-        near = difflib.get_close_matches(key.partition(".")[0], keys_of(JobConfig), n=1)
+        near = difflib.get_close_matches(key, list(_leaves(JobConfig)), n=1)
         return f"There is no setting {key!r}." + (f" Did you mean {near[0]!r}?" if near else "")
     return message

@@ -184,6 +184,8 @@ def _warn_of_idle(
         "train.test": ("test" not in sources, "the data has no test split"),
         "model.bottom_layers": (not sources["train"].schema.dense, "the data has no dense columns"),
     }
+    if "valid" not in sources:
+        log.warn("the data has no valid split, so nothing is evaluated before the end.")
     for setting, (unused, why) in idle.items():
         if unused and setting in given:
             log.warn(f"{setting} is set but not used: {why}.")

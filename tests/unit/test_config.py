@@ -44,7 +44,7 @@ def test_the_groups_are_those_of_the_readme():
     ("words", "told"),
     [
         (["trian.epochs=2"], "trian"),
-        (["train.epoks=2"], "train.epoks"),
+        (["train.epoks=2"], "'train.epoks'. Did you mean 'train.epochs'?"),
         (["train.epochs=two"], "train.epochs"),
         (["train.epochs=0"], "train.epochs=0 must be at least 1"),
         (["codec=int7"], "int7"),

@@ -14,7 +14,7 @@ from typing import cast
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrec.trainer.data.prepare.rejects import Reject
+from tightrec.trainer.data.prepare.rejects import DAMAGED, Reject
 
 Text = NDArray[np.uint8]
 
@@ -88,7 +88,7 @@ class Piece:
 
     def fault(self, path: Path) -> Reject:
         """The problem with its file, ``path``, as a bad line."""
-        kind, line = ("damaged file", self.end.line + 1) if self.end.offset else ("empty file", 0)
+        kind, line = (DAMAGED, self.end.line + 1) if self.end.offset else ("empty file", 0)
         return Reject(file=str(path), line=line, kind=kind, reason=self.problem, value="")
 
 

@@ -18,6 +18,9 @@ ENOUGH_LINES = 1_000
 SAMPLES_PER_KIND = 10
 """Bad lines of one kind that one part contributes to the rejects file."""
 
+DAMAGED = "damaged file"
+"""The kind of a compressed file that ends too early."""
+
 _SHOWN_CHARACTERS = 120
 
 
@@ -114,13 +117,16 @@ class Tally:
         if not self.bad:
             return f"{self.lines:,} lines read, none bad"
         kinds = ", ".join(f"{count:,} {kind}" for kind, count in sorted(self.bad.items()))
-        return f"{self.lines:,} lines read, {self.bad.total():,} bad ({kinds}); samples in {REJECTS_FILE}"
+        told = f"{self.lines:,} lines read, {self.bad.total():,} bad ({kinds}); samples in {REJECTS_FILE}"
+        # One bad line by count, but all rows behind the damage are missing.
+        lost = [f"WARNING: the rest of {each} is lost" for each in self.samples if each.kind == DAMAGED]
+        return "\n".join([told, *lost])
 
     def _check(self, enough: int) -> None:
         bad = self.bad.total()
         if self.lines >= enough and bad > self.max_bad_share * self.lines:
             raise ValueError(
                 f"{bad:,} of {self.lines:,} lines are bad, more than max_bad_share={self.max_bad_share} "
-                f"allows. The last: {self.samples[-1]}. Check that this is the right file, or raise "
+                f"allows. For example: {self.samples[-1]}. Check that this is the right file, or raise "
                 "max_bad_share."
             )
