@@ -44,7 +44,7 @@ def finish(process: subprocess.Popen[str], timeout: float = 90) -> tuple[int, st
 def test_a_job_ends_with_a_table_and_the_reports_path_and_little_noise(tmp_path: Path):
     status, out, err = finish(start(*SMALL, f"run_folder={tmp_path}"))
     assert status == 0, err
-    for told in ("AUC", "Bayes AUC", "NE", "rows/s", "bytes a step", "table_wise", "report"):
+    for told in ("AUC", "Bayes AUC", "NE", "rows/s", "sent a step", "table_wise", "report"):
         assert told in out, told
     assert (tmp_path / "report.html").is_file()
     assert (tmp_path / ".hydra" / "overrides.yaml").is_file()

@@ -153,6 +153,8 @@ def test_tolerant_counts_samples_and_goes_on(tmp_path: Path) -> None:
     assert schema.preparation["lines"] == sum(schema.rows.values()) + 11
     assert schema.preparation["lines"] > 2_300
     assert all(f"{count} {kind}" in told for kind, count in counts.items())
+    assert "WARNING: the rest of" in told.replace("\n", " ")
+    assert "day_1.gz" in told.split("WARNING")[1].replace("\n", "")
     rejects = [json.loads(line) for line in (tmp_path / "out" / "rejects.jsonl").read_text().splitlines()]
     assert len(rejects) == 13
     named = {(Path(each["file"]).name, each["line"], each["kind"]) for each in rejects}
