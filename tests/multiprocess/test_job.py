@@ -165,7 +165,7 @@ def test_the_checkpoint_named_after_a_nan_is_one_that_goes_on(tmp_path: Path):
     sane = ["optimizer.dense.name=sgd", "optimizer.dense.lr=0.01", "train.checkpoint.every_steps=1"]
     job(2, tmp_path, *sane, "train.steps=6")
     with pytest.raises(RankFailure) as failure:
-        job(2, tmp_path, f"resume={tmp_path}", "optimizer.dense.lr=1e18", "train.steps=9")
+        job(2, tmp_path, f"resume={tmp_path}", "optimizer.dense.lr=1e26", *sane[2:], "train.steps=9")
     # Its weights are numbers still, but too large for the next forward.
     assert (tmp_path / "checkpoints" / "step-00000007").is_dir()
     named = re.search(r"resume=(\S+step-\d+)", str(failure.value))
