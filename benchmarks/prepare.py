@@ -23,11 +23,7 @@ from pathlib import Path
 import numpy as np
 from numba import njit
 
-CARDINALITIES = (
-    *(1460, 583, 10131227, 2202608, 305, 24, 12517, 633, 3, 93145, 5683, 8351593, 3194, 27, 14992, 5461306),
-    *(10, 5652, 2173, 4, 7046547, 18, 15, 286181, 105, 142572),
-)
-"""Of the 26 categories of the Kaggle display advertising challenge."""
+from tightrec.trainer.data.synthetic import KAGGLE
 
 SKEW = 1.1
 """An id's rank r is drawn with density r ** -SKEW."""
@@ -141,7 +137,7 @@ def generate(path: Path, text_bytes: int) -> int:
             integers = np.floor(rng.pareto(0.8, (CHUNK_ROWS, 13)) * 3).clip(0, 1e6).astype(np.int64) - 1
             # The inverse of the distribution function of the density r ** -SKEW on [1, cardinality].
             power = 1 - SKEW
-            tops = np.array(CARDINALITIES, np.float64) ** power - 1
+            tops = np.array(KAGGLE, np.float64) ** power - 1
             ranks = ((1 + rng.random((CHUNK_ROWS, 26)) * tops) ** (1 / power)).astype(np.uint64)
             blank = rng.random((CHUNK_ROWS, 39)) < BLANK_SHARE
             size = _format(labels, integers, ranks, blank, buffer)
