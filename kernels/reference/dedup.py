@@ -13,23 +13,20 @@ from tightrec.kernels.reference.bits import (
     words_to_bytes,
 )
 from tightrec.kernels.reference.packed import Rejected
-from tightrec.kernels.reference.quantise import Codes, reconstruct
 
 
-def distinct_rows(values: Tensor, codes: Codes, bound: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def distinct_rows(received: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """Which rows are sent, and as which of them each row is received.
 
     Args:
-        values: flat values of a block with at least one row; codes: theirs.
-        bound: float32 scalar.
+        received: what the values of a block with at least one row decode to, flat.
         dim: values in a row.
 
     Returns:
         (owners int64 [distinct], index int64 [rows]): the lowest row of each set of equal rows, ascending,
         and for each row the position of its owner in that list.
     """
-    decoded = reconstruct(codes.code, bound, values.dtype)
-    bits = torch.where(codes.exception, value_bits(values), value_bits(decoded)).view(-1, dim)
+    bits = value_bits(received).view(-1, dim)
     _, group = torch.unique(bits, dim=0, return_inverse=True)
     rows = torch.arange(bits.shape[0])
     first = torch.full_like(rows, bits.shape[0]).scatter_reduce(0, group, rows, "amin")

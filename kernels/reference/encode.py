@@ -27,7 +27,7 @@ from tightrec.kernels.reference.codebook import lengths_to_bytes
 from tightrec.kernels.reference.dedup import distinct_rows, pack_index
 from tightrec.kernels.reference.entropy import encode_values, symbols
 from tightrec.kernels.reference.packed import pack
-from tightrec.kernels.reference.quantise import Codes, half_dtype, quantise
+from tightrec.kernels.reference.quantise import Codes, decoded, half_dtype, quantise
 
 
 class _Block(NamedTuple):
@@ -120,15 +120,15 @@ def _quantised(job: EncodeJob, peer: int, table: int, values: Tensor, bound: Ten
     """The smallest of what the table's request allows: packed, dedup, and entropy over the smaller."""
     request = Request(int(job.request[table]))
     codes = quantise(values, bound)
+    # A row stands for all that decode to the same bits, so even a raw group must hold what it decodes to.
+    received = decoded(values, codes, bound)
     candidates = []
     if request != Request.DEDUP:
-        candidates.append((Mode.PACKED, torch.zeros(0, dtype=torch.uint8), values, codes))
+        candidates.append((Mode.PACKED, torch.zeros(0, dtype=torch.uint8), received, codes))
     if request != Request.PACKED:
-        owners, index = distinct_rows(values, codes, bound, dim)
-        sent = Codes(
-            codes.code.view(-1, dim)[owners].flatten(), codes.exception.view(-1, dim)[owners].flatten()
-        )
-        own = values.view(-1, dim)[owners].flatten()
+        owners, index = distinct_rows(received, dim)
+        own, code, exception = (each.view(-1, dim)[owners].flatten() for each in (received, *codes))
+        sent = Codes(code, exception)
         candidates.append((Mode.DEDUP, pack_index(owners.numel(), index), own, sent))
     packed = [torch.cat([index, pack(own, sent)]) for _, index, own, sent in candidates]
     smallest = min(range(len(packed)), key=lambda i: packed[i].numel())

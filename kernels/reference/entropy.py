@@ -122,9 +122,8 @@ def decode_values(payload: Tensor, count: int, lengths: Tensor, bound: Tensor, d
         bit = bit + torch.where(step < remaining, length, 0)
     if not torch.equal((bit - 8 * position + 7) // 8, size):
         raise Rejected(Fault.STREAM)
-    values = reconstruct(code, bound, dtype)
-    values[exception] = bits_to_values(own[exception], dtype)
-    return values.flatten()[:count]
+    bits = torch.where(exception, own, value_bits(reconstruct(code, bound, dtype)))
+    return bits_to_values(bits, dtype).flatten()[:count]
 
 
 def _chunks(entries: Tensor, data: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

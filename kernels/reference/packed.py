@@ -38,13 +38,13 @@ class Rejected(Exception):
         self.fault = fault
 
 
-def pack(values: Tensor, codes: Codes) -> Tensor:
-    """The packed payload, uint8, of flat values and their codes."""
+def pack(received: Tensor, codes: Codes) -> Tensor:
+    """The packed payload, uint8, of codes, flat, and the values that they and their exceptions decode to."""
     tile_values = TILE_GROUPS * GROUP_VALUES
     entries, data = [], []
-    for first in range(0, values.numel(), _TILES_AT_ONCE * tile_values):
+    for first in range(0, received.numel(), _TILES_AT_ONCE * tile_values):
         part = slice(first, first + _TILES_AT_ONCE * tile_values)
-        entry, words = _pack_tiles(values[part], Codes(codes.code[part], codes.exception[part]))
+        entry, words = _pack_tiles(received[part], Codes(codes.code[part], codes.exception[part]))
         entries.append(entry)
         data.append(words)
     entry = torch.cat(entries)
@@ -52,18 +52,18 @@ def pack(values: Tensor, codes: Codes) -> Tensor:
     return words_to_bytes(torch.cat([starts(segment_words)[1:], entry, *data]))
 
 
-def _pack_tiles(values: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
+def _pack_tiles(received: Tensor, codes: Codes) -> tuple[Tensor, Tensor]:
     """Tile entries and the tiles' data words."""
-    groups = -(-values.numel() // GROUP_VALUES)
+    groups = -(-received.numel() // GROUP_VALUES)
     tile_values = TILE_GROUPS * GROUP_VALUES
     code = pad_rows(codes.code, tile_values).view(-1, GROUP_VALUES)
     exception = pad_rows(codes.exception, tile_values).view(-1, GROUP_VALUES)
-    bits = pad_rows(value_bits(values), tile_values).view(-1, GROUP_VALUES)
-    kind, group_words = _pack_groups(code, exception, bits, values.element_size())
+    bits = pad_rows(value_bits(received), tile_values).view(-1, GROUP_VALUES)
+    kind, group_words = _pack_groups(code, exception, bits, received.element_size())
 
     present = (torch.arange(kind.numel()) < groups).view(-1, TILE_GROUPS)
     kind = kind.view(-1, TILE_GROUPS)
-    size = torch.where(present, group_size(kind, values.element_size()), 0)
+    size = torch.where(present, group_size(kind, received.element_size()), 0)
     base = torch.where(present, kind, MAX_KIND).min(1).values
     above = torch.where(present, kind - base[:, None], 0)
     planes = bit_length(above.max(1).values)
@@ -166,16 +166,16 @@ def _unpack_groups(data: Tensor, kind: Tensor, offset: Tensor, bound: Tensor, dt
     if bool((mixed & ((count == 0) | (width < 0) | (width > MAX_CODE_PLANES))).any()):
         raise Rejected(Fault.MIXED_GROUP)
     code = from_planes(_masked(data, offset + mixed.to(torch.int64), width, MAX_CODE_PLANES))
-    values = reconstruct(code, bound, dtype)
+    bits = value_bits(reconstruct(code, bound, dtype))
 
     per_word = 4 // value_bytes
     rank = torch.where(raw[:, None], torch.arange(GROUP_VALUES), exception.cumsum(1) - 1).clamp(min=0)
     at = (offset + torch.where(mixed, 1 + width, zero))[:, None] + rank // per_word
     own = raw[:, None] | exception
     word = data[at[own]] if data.numel() else data
-    own_bits = word >> 16 * (rank[own] % per_word) & (0xFFFFFFFF if value_bytes == 4 else 0xFFFF)
-    values[own] = bits_to_values(own_bits, dtype)
-    return values
+    # Written as bits: torch may carry a single float through a double, which makes a signalling NaN quiet.
+    bits[own] = word >> 16 * (rank[own] % per_word) & (0xFFFFFFFF if value_bytes == 4 else 0xFFFF)
+    return bits_to_values(bits, dtype)
 
 
 def _masked(data: Tensor, start: Tensor, count: Tensor, most: int) -> Tensor:

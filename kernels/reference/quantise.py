@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tightrec.kernels.format import SAFE_CODE
+from tightrec.kernels.reference.bits import bits_to_values, value_bits
 
 
 class Codes(NamedTuple):
@@ -38,6 +39,12 @@ def reconstruct(code: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
     """The values that codes decode to."""
     q = (code >> 1) ^ -(code & 1)
     return (q.to(torch.float32) * (bound * 2)).to(dtype)
+
+
+def decoded(values: Tensor, codes: Codes, bound: Tensor) -> Tensor:
+    """What the receiver gets for values sent as these codes and exceptions, to the bit."""
+    received = value_bits(reconstruct(codes.code, bound, values.dtype))
+    return bits_to_values(torch.where(codes.exception, value_bits(values), received), values.dtype)
 
 
 def half_dtype(values: Tensor, bound: Tensor) -> torch.dtype | None:
