@@ -1,0 +1,94 @@
+"""1e5 damaged frames: the reference and the CPU backend never leave their buffers and agree on every bit."""
+
+import numpy as np
+import pytest
+import torch
+from codec_jobs import flat_spans, make_blocks, run_decode
+from fuzz_rounds import SHAPES, cases, fuzz, received_books
+
+from tightrec.kernels import cpu, reference
+from tightrec.kernels.format import Mode
+
+FRAMES = 100_000
+
+
+def test_1e5_damaged_frames_are_read_alike_by_both_backends() -> None:
+    found = cases(reference, 0)
+    # The largest shape and long coded streams cost the reference most: they get a smaller share.
+    coded = {Mode.ENTROPY, Mode.DEDUP_ENTROPY}
+    slow = [case.shape == SHAPES[-1] or (case.frame[24] in coded and len(case.frame) > 200) for case in found]
+    weights = np.where(slow, 0.1, 1.0)
+    shares = np.ceil(FRAMES * weights / weights.sum()).astype(int)
+    total = faults = 0
+    for number, (case, share) in enumerate(zip(found, shares, strict=True)):
+        calls = list(fuzz(case, found[number - 1], int(share), number, (reference, cpu)))
+        total += share
+        faults += sum(calls)
+        assert any(calls), f"no damage was noticed in {case.shape}, {case.dtype}"
+    assert total >= FRAMES and faults > 0
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+def test_every_truncation_of_a_frame_is_refused(backend: object) -> None:
+    for case in cases(reference, 1):
+        if len(case.frame) > 800:
+            continue
+        lengths = range(len(case.frame))
+        spans, size = flat_spans([case.shape])
+        blocks, totals = make_blocks(spans)
+        for length in lengths:
+            cut = run_decode(
+                backend,
+                [case.frame[:length]],
+                blocks,
+                totals,
+                case.dtype,
+                books=received_books(1, case),
+                count=size,
+            )
+            assert cut.status and bool(cut.values.isnan().all()), length
+
+
+@pytest.mark.parametrize("backend", [reference, cpu])
+@pytest.mark.parametrize(
+    ("offset", "size"),
+    [
+        (-16, None),
+        (2**62, None),
+        (0, -1),
+        (0, 2**62),
+        (2**63 - 1, 2**63 - 1),
+        (-(2**63), 64),
+        (16, None),
+        (0, 0),
+    ],
+)
+def test_frames_said_to_lie_outside_the_buffer_are_refused(
+    backend: object, offset: int, size: int | None
+) -> None:
+    case = cases(reference, 2)[2]
+    spans, count = flat_spans([case.shape])
+    blocks, totals = make_blocks(spans)
+    size = len(case.frame) if size is None else size
+    decoded = run_decode(
+        backend,
+        [case.frame],
+        blocks,
+        totals,
+        case.dtype,
+        books=received_books(1, case),
+        offsets=[offset],
+        sizes=[size],
+        count=count,
+    )
+    assert decoded.status and bool(decoded.values.isnan().all())
+
+
+def test_an_undamaged_frame_is_read() -> None:
+    for case in cases(reference, 3):
+        spans, count = flat_spans([case.shape])
+        blocks, totals = make_blocks(spans)
+        books = received_books(1, case)
+        decoded = run_decode(cpu, [case.frame], blocks, totals, case.dtype, books=books, count=count)
+        assert decoded.status == 0
+        assert torch.isfinite(decoded.values).any()
