@@ -16,7 +16,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 
-from bound_proof import Proof, prove_round  # noqa: E402
+from bound_proof import Proof, prove_round
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 MODES = ("packed", "dedup", "entropy", "auto", "half", "raw")

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "unit"))
 
-from fuzz_rounds import cases, fuzz  # noqa: E402
+from fuzz_rounds import cases, fuzz
 
-from tightrec.kernels import cpu, reference  # noqa: E402
+from tightrec.kernels import cpu, reference
 
 FRAMES_OF_A_CASE = 200
 
@@ -42,9 +42,8 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped early", end="")
     minutes = (time.monotonic() - begin) / 60
-    print(
-        f"\n{done:,} damaged frames read alike in {minutes:.1f} minutes (seeds {arguments.seed} to {seed - 1})"
-    )
+    seeds = f"seeds {arguments.seed} to {seed - 1}"
+    print(f"\n{done:,} damaged frames read alike in {minutes:.1f} minutes ({seeds})")
     return 0
 
 
