@@ -96,8 +96,9 @@ class DecodeJob:
     """int64 [1], written: 0, or the smallest ``peer << 40 | table << 8 | fault`` among the faults found.
 
     A faulty block is filled with NaN; a faulty frame header or block header, a missing or faulty size, fills
-    all blocks of that peer. Faults of a frame as a whole count as table 0. Where a block has several
-    faults, which one is told may differ between backends; whether there is one may not.
+    all blocks of that peer. Faults of a frame as a whole count as table 0. Where there are
+    several faults in a block or in a frame's headers, which one is told may differ between backends; whether
+    there is one may not.
     """
     scratch: Tensor
     """uint8, at least the backend's ``decode_scratch_bytes``, 16-byte aligned."""

@@ -56,10 +56,12 @@ def decode(job: DecodeJob) -> None:
             frame = _frame(job, peer)
             headers = []
             _frame_header(frame, job.out.dtype, tables)
+            end = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * tables
             for at, place in enumerate(expected):
-                headers.append(_block_header(frame, at, place, job.out.dtype))
+                headers.append(_block_header(frame, at, end, place, job.out.dtype))
+                end += headers[-1].payload.numel()
             at = 0
-            headers = _payloads(frame, headers)
+            _padding(frame, end)
         except Rejected as rejected:
             faults.append(peer << 40 | at << 8 | rejected.fault)
             for place in expected:
@@ -113,7 +115,8 @@ def _frame_header(frame: Tensor, dtype: torch.dtype, tables: int) -> None:
         raise Rejected(Fault.FRAME_SIZE)
 
 
-def _block_header(frame: Tensor, table: int, place: list[int], dtype: torch.dtype) -> tuple:
+def _block_header(frame: Tensor, table: int, end: int, place: list[int], dtype: torch.dtype) -> _Header:
+    """A block's header and its payload, which starts at ``end``."""
     start = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * table
     header = bytes(frame[start : start + BLOCK_HEADER_BYTES].tolist())
     mode, flags, dim, rows, bound, book, size = struct.unpack("<BBHIfIQ", header)
@@ -133,23 +136,17 @@ def _block_header(frame: Tensor, table: int, place: list[int], dtype: torch.dtyp
         raise Rejected(Fault.PAYLOAD_SIZE)
     if rows == 0 and mode != Mode.RAW:
         raise Rejected(Fault.MODE)
-    return Mode(mode), flags, torch.tensor(bound, dtype=torch.float32), book, size
+    if size > frame.numel() - end:
+        raise Rejected(Fault.PAYLOAD_SIZE)
+    return _Header(Mode(mode), flags, torch.tensor(bound), book, frame[end : end + size])
 
 
-def _payloads(frame: Tensor, headers: list[tuple]) -> list[_Header]:
-    """Cuts the payloads out of a frame and checks that they and the padding fill it."""
-    end = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * len(headers)
-    cut = []
-    for mode, flags, bound, book, size in headers:
-        if size > frame.numel() - end:
-            raise Rejected(Fault.PAYLOAD_SIZE)
-        cut.append(_Header(mode, flags, bound, book, frame[end : end + size]))
-        end += size
+def _padding(frame: Tensor, end: int) -> None:
+    """Checks that the payloads, which end at ``end``, and the padding fill the frame."""
     if frame.numel() - end >= FRAME_ALIGNMENT:
         raise Rejected(Fault.FRAME_SIZE)
     if bool(frame[end:].any()):
         raise Rejected(Fault.PADDING)
-    return cut
 
 
 def _decode_block(job: DecodeJob, peer: int, table: int, header: _Header, place: list[int]) -> Tensor:

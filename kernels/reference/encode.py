@@ -111,7 +111,8 @@ def _half(values: Tensor, bound: Tensor, best: _Block) -> _Block:
     if dtype is None:
         return best
     payload = _padded(values.to(dtype))
-    if payload.numel() >= best.payload.numel():
+    # Compared without the codebook, which is paid once: or a book that is due would never be sent.
+    if payload.numel() >= best.payload.numel() - CODEBOOK_BYTES * best.includes_book:
         return best
     return _Block(Mode.FLOAT16 if dtype == torch.float16 else Mode.BFLOAT16, float(bound), payload)
 
