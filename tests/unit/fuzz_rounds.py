@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import adversarial
 import numpy as np
 import torch
-from codec_jobs import Backend, Books, flat_spans, make_blocks, run_decode, run_encode, to_bits
+from codec_jobs import Backend, Books, Span, flat_spans, make_blocks, run_decode, run_encode, to_bits
 from mutations import mutations
 
 from tightrec.compression.codebooks import code_lengths
@@ -74,6 +74,17 @@ def received_books(peers: int, case: Case) -> Books:
     return books
 
 
+def comparable(frames: Sequence[bytes], spans: Sequence[Sequence[Span]], values: torch.Tensor) -> np.ndarray:
+    """The bits of decoded values, with one NaN in blocks of 16-bit modes, where the format leaves it open."""
+    bits = to_bits(values).copy()
+    for frame, blocks in zip(frames, spans, strict=True):
+        for number, (offset, rows, _, dim) in enumerate(blocks):
+            if frame[24 + 24 * number : 25 + 24 * number] in (b"\x01", b"\x02"):
+                part = slice(offset, offset + rows * dim)
+                bits[part][values[part].isnan().numpy()] = 0x7FC0
+    return bits
+
+
 def fuzz(case: Case, other: Case, count: int, seed: int, backends: Sequence[Backend]) -> Iterator[bool]:
     """Decode ``count`` damaged copies of a frame by all backends; whether each call found a fault.
 
@@ -91,7 +102,9 @@ def fuzz(case: Case, other: Case, count: int, seed: int, backends: Sequence[Back
             books = received_books(len(frames), case)
             decoded = run_decode(backend, frames, blocks, totals, case.dtype, books=books, count=size)
             kept = (books.ids, books.lengths * (books.ids != 0)[..., None])
-            results.append((to_bits(decoded.values), decoded.peer, bool(decoded.status), kept))
+            results.append(
+                (comparable(frames, spans, decoded.values), decoded.peer, bool(decoded.status), kept)
+            )
         for result in results[1:]:
             at = f"shape {case.shape}, {case.dtype}, seed {seed}, frames from {first}"
             assert np.array_equal(result[0], results[0][0]), f"other values: {at}"
