@@ -262,9 +262,7 @@ def _check_values(values: Tensor, layout: Layout, name: str) -> None:
     if values.dtype not in DTYPES:
         raise ValueError(f"{name} is {values.dtype}; the codec takes float32, float16 and bfloat16")
     if tuple(values.shape) != tuple(layout.shape):
-        raise ValueError(
-            f"{name} has shape {tuple(values.shape)}, but the layout's is {tuple(layout.shape)}"
-        )
+        raise ValueError(f"{name} has shape {tuple(values.shape)}, but the layout's is {tuple(layout.shape)}")
     if not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() or describe the strides in a Layout")
 

@@ -7,7 +7,12 @@ import torch
 
 from tightrec.kernels.job import DecodeJob, EncodeJob, Stages, Totals
 
-NAMES = ("reference", "cpu", "cuda")
+_MODULES = {
+    "reference": "tightrec.kernels.reference",
+    "cpu": "tightrec.kernels.cpu",
+    "cuda": "tightrec.kernels.cuda.backend",
+}
+NAMES = tuple(_MODULES)
 
 
 class Backend(Protocol):
@@ -40,4 +45,4 @@ def backend(name: str, device: torch.device) -> Backend:
         raise ValueError("codec backend 'cuda' needs CUDA tensors; these are on the CPU")
     if name in ("reference", "cpu") and device.type == "cuda":
         raise ValueError(f"codec backend {name!r} needs CPU tensors; these are on {device}")
-    return cast(Backend, import_module(f"tightrec.kernels.{name or device.type}"))
+    return cast(Backend, import_module(_MODULES[name or device.type]))

@@ -94,6 +94,7 @@ def denormals(count: int, dtype: torch.dtype, bound: float, generator: torch.Gen
     """Denormal values of every size, both signs."""
     width = FLOATS[dtype][1]
     mantissa = _draw(1, 2**width, count, generator) >> _draw(0, width, count, generator)
+    mantissa = mantissa.clamp_min(1)
     return _fields(_draw(0, 2, count, generator), torch.zeros_like(mantissa), mantissa, dtype)
 
 
@@ -174,7 +175,8 @@ def equal_codes_apart(
 ) -> torch.Tensor:
     """Rows of ``dim`` that get the same codes but lie up to two bounds apart, in groups that are large.
 
-    A row that stands for its equals must not be sent raw: its own bits keep the bound only for itself.
+    A row that stands for its equals must be sent as what it decodes to, in a raw group too: its own bits
+    keep the bound only for itself.
     """
     rows = -(-count // dim)
     values = (torch.rand(rows, dim, generator=generator, dtype=torch.float64) * 1.98 - 0.99) * bound
@@ -218,7 +220,7 @@ def bounds(count: int, generator: torch.Generator) -> Iterator[float]:
     for exponent in (-125, -100, -24, -14, -1, 0, 1, 15, 100, 124):
         exact = np.float32(2.0**exponent)
         yield from (float(np.nextafter(exact, np.float32(way))) for way in (0, exact, np.inf))
-    words = _draw(1, 253, count, generator) << 23 | _draw(0, 2**23, count, generator)
+    words = _draw(1, 252, count, generator) << 23 | _draw(0, 2**23, count, generator)
     yield from _bits(words, torch.float32).tolist()
 
 

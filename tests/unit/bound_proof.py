@@ -1,4 +1,4 @@
-"""Rounds of the bound's proof: adversarial values through a backend, every one compared in exact arithmetic."""
+"""Rounds of the proof of the bound: adversarial values through a backend, each compared exactly."""
 
 from collections import Counter
 from dataclasses import dataclass, field

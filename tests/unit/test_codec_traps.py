@@ -235,3 +235,20 @@ def test_importing_the_codec_starts_neither_cuda_nor_a_compiler() -> None:
         "assert not loaded, loaded"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_auto_sends_a_codebook_that_pays_later(backend: str) -> None:
+    """A block that is smallest in 16 bits only because its codebook is due must not stay so for ever."""
+    values = torch.randn(128, generator=torch.Generator().manual_seed(0)) * 0.05
+    values[torch.rand(128, generator=torch.Generator().manual_seed(1)) < 0.3] = 0
+    layout = Layout.flat([[4]], [32])
+    sender, receiver = Codebooks(1, 1), ReceivedCodebooks(1, 1)
+    sizes = []
+    for step in range(4):
+        frames = encode(values, layout, 0.001, "auto", codebooks=sender, backend=backend)
+        check_bound(values, decode(frames, layout, codebooks=receiver, backend=backend), single(0.001))
+        sizes.append(int(frames.sizes[0]))
+        if step == 0:
+            sender.refresh()
+    assert sizes[1] > sizes[0] > sizes[2] == sizes[3], sizes

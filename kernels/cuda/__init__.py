@@ -1,0 +1,1 @@
+"""The CUDA backend: kernels, the host code that launches them, and what compiles them."""
