@@ -22,7 +22,8 @@ def main(words: list[str] | None = None) -> int:
         from tightrec.compression import commands
 
         status = commands.run(sys.argv[1:] if words is None else words)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # started with a closed output
+            sys.stdout.flush()
         return status
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else MISTAKEN

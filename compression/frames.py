@@ -42,6 +42,11 @@ _SENTENCES = {
 }
 
 
+def sentence(fault: Fault) -> str:
+    """What is wrong with a frame, in words."""
+    return _SENTENCES[fault]
+
+
 _WHOLE_FRAME = frozenset(
     {
         Fault.TRUNCATED,
@@ -64,7 +69,7 @@ class FrameError(ValueError):
 
     def __init__(self, fault: Fault, peer: int, table: str) -> None:
         where = f"peer {peer}" if fault in _WHOLE_FRAME else f"peer {peer}, table {table!r}"
-        super().__init__(f"bad frame from {where}: {_SENTENCES[fault]}")
+        super().__init__(f"bad frame from {where}: {sentence(fault)}")
         self.fault = fault
         self.peer = peer
         self.table = table

@@ -12,6 +12,7 @@ import math
 import os
 import stat
 import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from io import BufferedReader
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 
-from tightrec.compression.frames import FrameError
+from tightrec.compression.frames import FrameError, sentence
 from tightrec.kernels.format import (
     BLOCK_HEADER_BYTES,
     FRAME_ALIGNMENT,
@@ -31,8 +32,8 @@ from tightrec.kernels.format import (
 
 FILE_MAGIC = b"TRECFILE"
 FILE_VERSION = 1
-HEAD = struct.Struct("<8sII")
-"""Magic, version, length of the index."""
+HEAD = struct.Struct("<8sIII")
+"""Magic, version, length of the index, its CRC-32."""
 MAX_INDEX_BYTES = 2**26
 MAX_DIMENSIONS = 64
 DENSE_VALUES = 256
@@ -47,8 +48,7 @@ class DamagedFrame(FrameError):
 
     def __init__(self, where: str, fault: Fault) -> None:
         super().__init__(fault, 0, "")
-        sentence = str(self).partition(": ")[2]
-        self.args = (f"{where}: bad frame: {sentence}",)
+        self.args = (f"{where}: bad frame: {sentence(fault)}",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +126,7 @@ def index_of(file: BufferedReader, path: str) -> Index:
         raise ValueError(f"{path}: not a stored file of tightrec (it does not start with TRECFILE)")
     if len(head) < HEAD.size:
         raise ValueError(f"{path}: cut short within its first {HEAD.size} bytes")
-    _, version, length = HEAD.unpack(head)
+    _, version, length, checksum = HEAD.unpack(head)
     if version != FILE_VERSION:
         raise ValueError(f"{path}: stored files of version {version} are not known here, only {FILE_VERSION}")
     start = aligned(HEAD.size + length)
@@ -138,12 +138,19 @@ def index_of(file: BufferedReader, path: str) -> Index:
         raise ValueError(f"{path}: cut short while it was read")
     if any(padding):
         raise ValueError(f"{path}: the padding behind its index is not zero")
+    if zlib.crc32(text) != checksum:
+        raise ValueError(f"{path}: damaged: the checksum of its index does not match")
     try:
         entries = _entries(_parsed(text), file_bytes - start)
         check_claims([(entry.values, entry.size) for entry in entries])
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
     return Index(entries=entries, start=start, file_bytes=file_bytes)
+
+
+def file_head(text: bytes) -> bytes:
+    """What a file with this index text starts with, the text included."""
+    return HEAD.pack(FILE_MAGIC, FILE_VERSION, len(text), zlib.crc32(text)) + text
 
 
 def index_text(entries: Sequence[Entry]) -> bytes:
@@ -249,7 +256,7 @@ def _entry(item: Any, where: str) -> Entry:
             f"{where}: its shape {_short(shape)} is not a list of at most {MAX_DIMENSIONS} sizes"
         )
     # torch multiplies up strides of empty tensors as well, with 64 bits.
-    if False:
+    if math.prod(max(size, 1) for size in shape) >= 2**63:
         raise ValueError(f"{where}: its shape {_short(shape)} is larger than tensors can be")
     rows = _integer(item, "rows", 0, MAX_BLOCK_VALUES, where)
     dim = _integer(item, "dim", 1, MAX_DIM, where)

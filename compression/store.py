@@ -23,8 +23,6 @@ from tightrec.compression.codec import Mode, Modes, decode, encode
 from tightrec.compression.frames import FrameError, Frames, checksummed
 from tightrec.compression.index import (
     DTYPE_NAMES,
-    FILE_MAGIC,
-    FILE_VERSION,
     HEAD,
     MAX_DIMENSIONS,
     SPARSE_VALUES,
@@ -33,6 +31,7 @@ from tightrec.compression.index import (
     Index,
     PathLike,
     aligned,
+    file_head,
     index_of,
     index_text,
     open_regular,
@@ -109,7 +108,7 @@ def save(
                 end += len(frame)
             file.seek(0)
             # JSON may end in spaces: they fill the room that the sizes did not take.
-            file.write(HEAD.pack(FILE_MAGIC, FILE_VERSION, room) + index_text(entries).ljust(room))
+            file.write(file_head(index_text(entries).ljust(room)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import struct
+import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -202,7 +203,7 @@ def with_index(data: bytes, text: bytes) -> bytes:
     """A file with another index text, its length and padding put right."""
     length = HEAD.unpack_from(data)[2]
     frames = data[aligned(HEAD.size + length) :]
-    head = HEAD.pack(b"TRECFILE", 1, len(text)) + text
+    head = HEAD.pack(b"TRECFILE", 1, len(text), zlib.crc32(text)) + text
     return head.ljust(aligned(len(head)), b"\0") + frames
 
 
@@ -213,10 +214,11 @@ def index_in(data: bytes) -> dict[str, Any]:
 
 def test_the_file_is_laid_out_as_documented(tmp_path: Path) -> None:
     data = stored(tmp_path / "a.trec")
-    magic, version, length = struct.unpack_from("<8sII", data)
+    magic, version, length, checksum = struct.unpack_from("<8sIII", data)
     assert (magic, version) == (b"TRECFILE", 1)
-    start = -(-(16 + length) // 16) * 16
-    assert data[16 + length : start] == bytes(start - 16 - length)
+    assert checksum == zlib.crc32(data[20 : 20 + length])
+    start = -(-(20 + length) // 16) * 16
+    assert data[20 + length : start] == bytes(start - 20 - length)
     end = start
     for entry in index_in(data)["tensors"]:
         assert list(entry) == ["name", "dtype", "shape", "rows", "dim", "offset", "size"]
@@ -226,6 +228,17 @@ def test_the_file_is_laid_out_as_documented(tmp_path: Path) -> None:
         assert frame == checksummed(frame)
         end += entry["size"]
     assert end == len(data)
+
+
+def test_a_flipped_bit_in_the_index_is_noticed(tmp_path: Path) -> None:
+    """Also where the index stays well-formed, as in a name."""
+    path = tmp_path / "a.trec"
+    data = bytearray(stored(path))
+    at = data.index(b"bits")
+    data[at] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.trec: damaged: the checksum of its index does not match"):
+        load(path)
 
 
 Edit = Callable[[dict[str, Any]], object]
@@ -288,11 +301,14 @@ def damaged_heads(data: bytes) -> Iterator[tuple[bytes, str]]:
     yield b"", "does not start with TREC"
     yield b"TRECTILE" + data[8:], "does not agree|version"
     yield b"PK\x03\x04" + data[4:], "does not start with TREC"
-    yield data[:11], "cut short within its first 16 bytes"
+    yield data[:11], "cut short within its first 20 bytes"
     yield data[:8] + b"\x02" + data[9:], "version 2 are not known"
     yield data[:12] + b"\xff\xff\xff\xff" + data[16:], "not 4294967295 bytes long"
     yield data[: start - 1], "cut short, or its index"
-    yield padded[: 16 + 1003] + b"\x01" + padded[16 + 1004 :], "padding behind its index is not zero"
+    yield (
+        padded[: HEAD.size + 1003] + b"\x01" + padded[HEAD.size + 1004 :],
+        "padding behind its index is not zero",
+    )
     yield with_index(data, b"{"), "not valid JSON"
     yield with_index(data, b'{"tensors": []} x'), "not valid JSON"
     yield with_index(data, b"\xff" + json.dumps(index_in(data)).encode()), "not valid JSON in UTF-8"
