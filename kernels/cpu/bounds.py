@@ -59,7 +59,8 @@ def _resolve(work: EncodeWork, block: int, bits: Words, lanes: np.ndarray, sums:
     total = place[1] * place[3]
     values = bits.view(f32)
     low, high, known = f32(np.inf), f32(-np.inf), 0
-    sums[:] = 0.0
+    for lane in range(GROUP_VALUES):
+        sums[lane] = 0.0
     for start in range(0, total, TILE_VALUES):
         count = min(TILE_VALUES, total - start)
         load_values(work.values32, work.values16, work.dtype, place, work.first, False, start, count, bits)
@@ -70,7 +71,8 @@ def _resolve(work: EncodeWork, block: int, bits: Words, lanes: np.ndarray, sums:
             known += 1 if finite else 0
             bits[i] = bits[i] if finite else u32(0)
         if work.bound_kind[table] != _RANGE:
-            lanes[:] = 0.0
+            for lane in range(GROUP_VALUES):
+                lanes[lane] = 0.0
             for group in range((count + GROUP_VALUES - 1) // GROUP_VALUES):
                 for lane in range(GROUP_VALUES):
                     x = np.float64(values[group * GROUP_VALUES + lane])
@@ -79,13 +81,17 @@ def _resolve(work: EncodeWork, block: int, bits: Words, lanes: np.ndarray, sums:
     if known == 0:
         return f32(MIN_BOUND)
     if work.bound_kind[table] == _RANGE:
-        resolved = f32(f32(share * high) - f32(share * low))
-    else:
-        resolved = f32(share * f32(math.sqrt(_tree(sums) / np.float64(known))))
+        return f32(f32(share * high) - f32(share * low))
+    return f32(share * f32(math.sqrt(_tree(sums) / np.float64(known))))
+
+
+@inner
+def _allowed(bound: np.float32) -> np.float32:
+    """The bound within what the format allows."""
     # A NaN (an overflowing product on both ends) compares false and becomes the smallest bound.
-    if not resolved >= f32(MIN_BOUND):
+    if not bound >= f32(MIN_BOUND):
         return f32(MIN_BOUND)
-    return min(resolved, f32(MAX_BOUND))
+    return min(bound, f32(MAX_BOUND))
 
 
 @loop
@@ -98,6 +104,6 @@ def resolve_bounds(start: int, stop: int, work: EncodeWork) -> None:
         if work.blocks[block, 1] == 0 or work.request[table] == _RAW:
             work.bounds[block] = f32(0.0)
         elif work.bound_kind[table] == _ABSOLUTE:
-            work.bounds[block] = work.bound[table]
+            work.bounds[block] = _allowed(work.bound[table])
         else:
-            work.bounds[block] = _resolve(work, block, bits, lanes, sums)
+            work.bounds[block] = _allowed(_resolve(work, block, bits, lanes, sums))

@@ -27,7 +27,8 @@ def is_complete(lengths: NDArray[np.uint8]) -> bool:
 def code_words(lengths: NDArray[np.uint8], words: Words) -> None:
     """Code words of 256 symbols as they stand in the stream, the first bit lowest; 0 without a code."""
     following = 0
-    words[:] = u32(0)
+    for symbol in range(SYMBOLS):
+        words[symbol] = u32(0)
     for length in range(1, MAX_CODE_LENGTH + 1):
         following <<= 1
         for symbol in range(SYMBOLS):

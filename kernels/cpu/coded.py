@@ -70,7 +70,8 @@ def measure_blocks(start: int, stop: int, work: EncodeWork) -> None:
     for block in range(start, stop):
         table = block % work.tables
         counts = work.counts[block]
-        counts[:] = 0
+        for symbol in range(SYMBOLS):
+            counts[symbol] = 0
         total = work.state[block, DISTINCT] * work.blocks[block, 3]
         has_book = work.book_ids[table] != 0
         if total == 0 or work.request[table] < _REQUEST_ENTROPY:

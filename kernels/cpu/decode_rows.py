@@ -3,7 +3,7 @@
 import numpy as np
 
 from tightrec.kernels.cpu.decode_work import AT, DISTINCT, END, FAULT, FIRST_UNIT, MODE, DecodeWork
-from tightrec.kernels.cpu.floats import BFLOAT16, FLOAT32, Words, i64, u32
+from tightrec.kernels.cpu.floats import BFLOAT16, FLOAT32, Words, copy_words, i64, u32
 from tightrec.kernels.cpu.jit import inner, loop
 from tightrec.kernels.cpu.lanes import add_plane, load_word
 from tightrec.kernels.format import GROUP_VALUES, SEGMENT_TILES, TILE_VALUES, Fault, Mode
@@ -81,9 +81,10 @@ def _copy_rows(work: DecodeWork, block: int) -> None:
         if owner != row:
             to, source = offset + row * stride, offset + owner * stride
             if work.dtype == FLOAT32:
-                work.values32[to : to + dim] = work.values32[source : source + dim]
+                copy_words(work.values32, source, work.values32, to, dim)
             else:
-                work.values16[to : to + dim] = work.values16[source : source + dim]
+                for i in range(dim):
+                    work.values16[to + i] = work.values16[source + i]
 
 
 @inner
@@ -98,9 +99,11 @@ def _poison(work: DecodeWork, block: int) -> None:
     for row in range(rows):
         to = offset + row * stride
         if work.dtype == FLOAT32:
-            work.values32[to : to + dim] = _NAN32
+            for i in range(dim):
+                work.values32[to + i] = _NAN32
         else:
-            work.values16[to : to + dim] = _NAN_BFLOAT16 if work.dtype == BFLOAT16 else _NAN_FLOAT16
+            for i in range(dim):
+                work.values16[to + i] = _NAN_BFLOAT16 if work.dtype == BFLOAT16 else _NAN_FLOAT16
 
 
 @loop

@@ -100,6 +100,14 @@ def _load_run(
 
 
 @inner
+def copy_words(source: Words, at: int, target: Words, to: int, count: int) -> None:
+    """Copy ``count`` words; a loop, since assigning a slice takes Numba a second to compile."""
+    words, places = source[at : at + count], target[to : to + count]
+    for i in range(count):
+        places[i] = words[i]
+
+
+@inner
 def load_values(
     values32: Words,
     values16: Halves,

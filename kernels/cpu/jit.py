@@ -1,7 +1,7 @@
 """How the package's loops are compiled.
 
-``loop`` marks what Python calls: it releases the GIL and is cached on disk. ``inner`` marks what loops call; it
-has no wrappers, which would take longer to compile than the functions. Neither allows fastmath.
+``loop`` marks what Python calls: it releases the GIL and is cached on disk. ``inner`` marks what loops call;
+it has no wrappers, which would take longer to compile than the functions. Neither allows fastmath.
 """
 
 from typing import Any

@@ -8,6 +8,7 @@ from tightrec.kernels.cpu.floats import (
     FLOAT16,
     FLOAT32,
     Words,
+    copy_words,
     f32,
     i64,
     load_values,
@@ -97,7 +98,7 @@ def _emit_raw(
     """A raw group's words, what its values decode to; returns where the next word goes."""
     receive_values(bits[at:], patterns, GROUP_VALUES, dtype, step, bound)
     if dtype == FLOAT32:
-        words[to : to + GROUP_VALUES] = patterns[:GROUP_VALUES]
+        copy_words(patterns, 0, words, to, GROUP_VALUES)
         return to + GROUP_VALUES
     for i in range(GROUP_VALUES // 2):
         words[to + i] = u32(patterns[2 * i] | u32(patterns[2 * i + 1] << u32(16)))

@@ -98,7 +98,8 @@ def find_distinct(work: EncodeWork, block: int) -> int:
     while places < 2 * rows:
         places *= 2
     table = work.table[4 * first_row : 4 * first_row + places]
-    table[:] = -1
+    for at in range(places):
+        table[at] = -1
     index, first, hashes = work.row_index[first_row:], work.first[first_row:], work.hashes[first_row:]
     distinct = 0
     for row in range(rows):

@@ -6,6 +6,7 @@ from tightrec.kernels.cpu.coded import write_coded
 from tightrec.kernels.cpu.floats import (
     FLOAT32,
     Words,
+    copy_words,
     i64,
     load_values,
     narrow_bfloat16,
@@ -45,7 +46,7 @@ def _write_values(work: EncodeWork, block: int, segment: int, bits: Words) -> No
         load_values(work.values32, work.values16, work.dtype, place, work.first, False, start, count, bits)
         if mode == _RAW and work.dtype == FLOAT32:
             to = at // 4 + start
-            work.out32[to : to + count] = bits[:count]
+            copy_words(bits, 0, work.out32, to, count)
             continue
         to = at // 2 + start
         halves = work.out16[to : to + count]
@@ -77,10 +78,10 @@ def _write_packed(work: EncodeWork, block: int, segment: int, unit: int, at: int
     here = min(SEGMENT_TILES, tiles - first)
     first_tile = work.blocks[block, 4] + first
     entry = at + segments - 1 + first
-    work.out32[entry : entry + here] = work.entries[first_tile : first_tile + here]
+    copy_words(work.entries, first_tile, work.out32, entry, here)
     to = at + segments - 1 + tiles + before
     source = first_tile * work.tile_words
-    work.out32[to : to + words] = work.slots[source : source + words]
+    copy_words(work.slots, source, work.out32, to, words)
 
 
 @inner

@@ -142,7 +142,9 @@ DEVICE Payload find_values(const BlockHeader& h, const Block& b, const FrameView
     if (start > end) fault = FAULT_PAYLOAD_SIZE;
     if (!fault && is_once(h.mode)) {
         distinct = end - start < 4 ? 0 : read_word(frame.bytes + start);
-        if (distinct < 1 || distinct > b.rows) {
+        if (end - start < 4) {
+            fault = FAULT_PAYLOAD_SIZE;
+        } else if (distinct < 1 || distinct > b.rows) {
             fault = FAULT_DISTINCT;
         } else {
             planes = frame.bytes + start + 4;

@@ -80,8 +80,8 @@ template <class T> DEVICE u32 read_kinds(const u32* stage, u32 entry, u32 count,
     if (kind > KIND_RAW) {
         u32 mask = stage[at], own_words = (u32)__popc(mask);
         if (T::BYTES == 2) own_words = (own_words + 1) / 2;
-        u32 width = size - 1 - own_words;
-        good = mask != 0 && own_words < size && width <= MAX_CODE_PLANES;
+        u32 width = size - 1 - own_words;  // of too many exceptions a number far above the largest width
+        good = mask != 0 && width <= MAX_CODE_PLANES;
         group = group_of(at + 1, width, at + 1 + width, mask);
     }
     return ballot(FULL_WARP, !good) ? FAULT_MIXED_GROUP : FAULT_NONE;

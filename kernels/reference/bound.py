@@ -18,23 +18,24 @@ def resolve(values: Tensor, bound: Tensor, kind: BoundKind) -> Tensor:
     Returns:
         float32 scalar between 2^-126 and 2^125.
     """
-    if kind == BoundKind.ABSOLUTE:
-        return bound
-    x = values.to(torch.float32)
-    finite = torch.isfinite(x)
-    if not bool(finite.any()):
-        return torch.tensor(MIN_BOUND, dtype=torch.float32)
-    if kind == BoundKind.RANGE:
-        known = x[finite]
-        resolved = bound * known.max() - bound * known.min()
-    else:
-        squares = torch.where(finite, x, torch.zeros_like(x)).to(torch.float64) ** 2
-        mean = _ordered_sum(squares) / finite.sum().to(torch.float64)
-        resolved = bound * mean.sqrt().to(torch.float32)
+    resolved = bound if kind == BoundKind.ABSOLUTE else _relative(values.to(torch.float32), bound, kind)
     # A NaN (an overflowing product on both ends) compares false and becomes the smallest bound.
     if not bool(resolved >= MIN_BOUND):
         return torch.tensor(MIN_BOUND, dtype=torch.float32)
     return resolved.clamp(max=MAX_BOUND)
+
+
+def _relative(x: Tensor, share: Tensor, kind: BoundKind) -> Tensor:
+    """A share of the range or root mean square of the finite values."""
+    finite = torch.isfinite(x)
+    if not bool(finite.any()):
+        return torch.zeros((), dtype=torch.float32)
+    if kind == BoundKind.RANGE:
+        known = x[finite]
+        return share * known.max() - share * known.min()
+    squares = torch.where(finite, x, torch.zeros_like(x)).to(torch.float64) ** 2
+    mean = _ordered_sum(squares) / finite.sum().to(torch.float64)
+    return share * mean.sqrt().to(torch.float32)
 
 
 def _ordered_sum(squares: Tensor) -> Tensor:

@@ -44,12 +44,9 @@ def check(case: c.Case, frames: dict[str, c.Case]) -> None:
 
 def entry(case: c.Case) -> dict[str, Any]:
     """The case's part of the index."""
-    found: dict[str, Any] = {
-        "name": case.name,
-        "about": case.about,
-        "dtype": case.dtype,
-        "shapes": case.shapes,
-    }
+    found: dict[str, Any] = {"name": case.name, "dtype": case.dtype, "shapes": case.shapes}
+    if case.about:
+        found["about"] = case.about
     if case.after:
         found["after"] = case.after
     if case.fault:

@@ -213,15 +213,15 @@ def test_a_fault_poisons_its_block_and_no_other(shim: ShimBackend) -> None:
     assert nan.sum() == 320 + torch.isnan(values_of(count, torch.float32, 0)).view(3, 320)[::2].sum()
 
 
-def exact_job(case: Case) -> DecodeJob:
-    """A job whose tensors end where they may no longer be read or written."""
+def exact_job(case: Case, shift: int = 0) -> DecodeJob:
+    """A job whose tensors end where they may no longer be read or written; the frames start at ``shift``."""
     totals = case.totals
     books = Books.none(totals.peers, totals.tables)
     sizes = torch.tensor([len(frame) for frame in case.frames])
     value_bytes = torch.empty(0, dtype=case.dtype).element_size()
     return DecodeJob(
-        buffer=torch.frombuffer(bytearray(b"".join(case.frames)), dtype=torch.uint8).clone(),
-        offsets=sizes.cumsum(0) - sizes,
+        buffer=torch.frombuffer(bytearray(bytes(shift) + b"".join(case.frames)), dtype=torch.uint8).clone(),
+        offsets=sizes.cumsum(0) - sizes + shift,
         sizes=sizes,
         blocks=case.blocks,
         totals=totals,
@@ -249,7 +249,7 @@ def test_no_frame_leads_kernels_astray(dtype: torch.dtype, tmp_path: Path) -> No
             tiles, strips, rows, values = blocks[-1, Column.FIRST_TILE :].tolist()
             totals = Totals(peers=1, tables=tables, tiles=tiles, strips=strips, rows=rows, values=values)
             alone = case._replace(frames=[case.frames[peer]], blocks=blocks, totals=totals)
-            jobs.append((alone, exact_job(alone)))
+            jobs.append((alone, exact_job(alone, shift=len(jobs) % 4)))
             cuda_decode(jobs[-1][1], recorder)
     recorder.run(tmp_path)
     rejected = 0

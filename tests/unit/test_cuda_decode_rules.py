@@ -34,7 +34,7 @@ def whole() -> Case:
     packed = values[starts[PACKED] : starts[ONCE]]
     packed[:] = torch.randn(len(packed), generator=torch.Generator().manual_seed(5))
     packed[:32] = float("inf")  # group 0 raw, group 1 mixed
-    packed[40] = float("inf")
+    packed[40:60] = float("inf")
     rows = values[starts[ONCE] : starts[CODED]].view(ONCE_ROWS, 8)
     rows[:] = torch.arange(ONCE_ROWS)[:, None] % DISTINCT
     coded = values[starts[CODED] : starts[ONCE_CODED]]
@@ -93,6 +93,16 @@ def swap_sizes(frame: bytearray, starts: list[int]) -> None:
         struct.pack_into("<Q", frame, at, struct.unpack_from("<Q", frame, at)[0] + by)
 
 
+def cut(table: int, size: int) -> Edit:
+    """Leaves only ``size`` bytes to a table and gives the others to the next one."""
+
+    def edit(frame: bytearray, starts: list[int]) -> None:
+        for number, length in ((table, size), (table + 1, starts[table + 2] - starts[table] - size)):
+            head(number, "Q", 16, length)(frame, starts)
+
+    return edit
+
+
 def padding(frame: bytearray, starts: list[int]) -> None:
     assert starts[-1] < len(frame)
     frame[-1] = 1
@@ -142,6 +152,12 @@ HEADER_RULES: dict[str, tuple[int, Edit, Fault]] = {
 }  # fmt: skip
 PAYLOAD_RULES: dict[str, tuple[int, Edit, Fault]] = {
     "raw size": (RAW, swap_sizes, Fault.PAYLOAD_SIZE),
+    "packed without room for its directory": (PACKED, cut(PACKED, 4 * TILES), Fault.PAYLOAD_SIZE),
+    "no room for a number of rows": (ONCE, cut(ONCE, 0), Fault.PAYLOAD_SIZE),
+    "no room for the index": (ONCE, cut(ONCE, 24), Fault.PAYLOAD_SIZE),
+    "no room for tiles after the index": (ONCE, cut(ONCE, 28), Fault.PAYLOAD_SIZE),
+    "no room for the codebook": (CODED, cut(CODED, 124), Fault.PAYLOAD_SIZE),
+    "no room for the strips": (CODED, cut(CODED, 128 + 8), Fault.PAYLOAD_SIZE),
     "segment offset": (PACKED, word(PACKED, 0, lambda w: w + 1), Fault.DIRECTORY),
     "wild segment offset": (PACKED, word(PACKED, 0, lambda w: 0xFFFFFFFF), Fault.DIRECTORY),
     "tile size": (PACKED, tile(3, lambda w: w + 1), Fault.DIRECTORY),
@@ -153,7 +169,8 @@ PAYLOAD_RULES: dict[str, tuple[int, Edit, Fault]] = {
     "tile's reserved bits": (PACKED, tile(0, lambda w: w | 1 << 31), Fault.DIRECTORY),
     "kind": (PACKED, tile(0, lambda w: w | 63 << 11), Fault.GROUP_KIND),
     "mixed group without exceptions": (PACKED, lambda f, s: mixed_mask(f, s, 0), Fault.MIXED_GROUP),
-    "mixed group with too many": (PACKED, lambda f, s: mixed_mask(f, s, 0xFFFF), Fault.MIXED_GROUP),
+    "mixed group with too many": (PACKED, lambda f, s: mixed_mask(f, s, 0xFFFFFFFF), Fault.MIXED_GROUP),
+    "mixed group with too wide codes": (PACKED, lambda f, s: mixed_mask(f, s, 1 << 8), Fault.MIXED_GROUP),
     "no distinct rows": (ONCE, word(ONCE, 0, lambda w: 0), Fault.DISTINCT),
     "more distinct rows than rows": (ONCE, word(ONCE, 0, lambda w: ONCE_ROWS + 1), Fault.DISTINCT),
     "wild number of distinct rows": (ONCE, word(ONCE, 0, lambda w: 0xFFFFFFFF), Fault.DISTINCT),

@@ -85,7 +85,7 @@ VALUES: dict[str, Callable[[int, int], Tensor]] = {"normal": normal, "repeated":
 def book(seed: int) -> list[int]:
     """Code lengths (Huffman's) for 64 small symbols, of which two are missing, and the escapes."""
     present = np.random.default_rng(seed).choice(np.arange(16, 64), 46, replace=False).tolist()
-    trees = [(math.exp(-symbol / 8), [symbol]) for symbol in [*range(16), *present]]
+    trees = [(math.exp(-symbol / 12), [symbol]) for symbol in [*range(16), *present]]
     trees += [(0.01, [254]), (0.01, [255])]
     lengths = [0] * SYMBOLS
     while len(trees) > 1:
@@ -94,6 +94,7 @@ def book(seed: int) -> list[int]:
         for symbol in left + right:
             lengths[symbol] += 1
         trees.append((one + other, left + right))
+    assert max(lengths) <= frame_format.MAX_CODE_LENGTH
     return lengths
 
 

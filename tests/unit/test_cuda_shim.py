@@ -72,9 +72,16 @@ def test_recorded_launches_run_under_the_sanitizers(tmp_path: Path) -> None:
     assert torch.equal(out.view(2, 256), (rows.cumsum(1) - rows).to(torch.int32))
 
 
-@pytest.mark.parametrize(("kernel", "count"), [("selftest_past_the_end", 8), ("selftest_past_shared", 0)])
-def test_accesses_beside_an_array_are_found(kernel: str, count: int, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("kernel", "number", "message"),
+    [
+        ("selftest_past_the_end", 8, "heap-buffer-overflow"),
+        ("selftest_past_shared", 0, "heap-buffer-overflow"),
+        ("selftest_wide_shift", 40, "shift exponent"),
+    ],
+)
+def test_what_the_sanitizers_find_is_told(kernel: str, number: int, message: str, tmp_path: Path) -> None:
     recorder = Recorder(SOURCES)
-    recorder.launch(kernel, 1, 32, [torch.zeros(8, dtype=torch.int32), count])
-    with pytest.raises(ShimError, match="heap-buffer-overflow"):
+    recorder.launch(kernel, 1, 32, [torch.zeros(8, dtype=torch.int32), number])
+    with pytest.raises(ShimError, match=message):
         recorder.run(tmp_path)
