@@ -22,9 +22,9 @@ from tightrec.kernels.reference.bits import (
     pad_rows,
     starts,
     to_planes,
-    value_bits,
     words_to_bytes,
 )
+from tightrec.kernels.reference.bits import value_bits as bits_of
 from tightrec.kernels.reference.codebook import code_words, decoding_table
 from tightrec.kernels.reference.packed import Rejected
 from tightrec.kernels.reference.quantise import Codes, reconstruct
@@ -43,7 +43,7 @@ def _stream(values: Tensor, codes: Codes, lengths: Tensor) -> tuple[Tensor, Tens
     symbol = torch.where(lengths[symbol] > 0, symbol, SYMBOL_ESCAPE_CODE)
     bits, length = code_words(lengths)[symbol], lengths[symbol]
     coded, raw = symbol == SYMBOL_ESCAPE_CODE, symbol == SYMBOL_ESCAPE_RAW
-    after = torch.where(raw, value_bits(values), torch.where(coded, codes.code, 0))
+    after = torch.where(raw, bits_of(values), torch.where(coded, codes.code, 0))
     raw_bits = 8 * values.element_size()
     return bits | after << length, length + torch.where(
         coded, ESCAPED_CODE_BITS, torch.where(raw, raw_bits, 0)
@@ -87,7 +87,10 @@ def _deposit(data: Tensor, bit: Tensor, bits: Tensor) -> None:
 
 
 def decode_values(payload: Tensor, count: int, lengths: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The ``count`` values of a coded payload; all chunks advance together, one value at a time.
+    """The ``count`` values of a coded payload.
+
+    What would be read at each bit of the data is found for all bits at once; then all chunks go from symbol
+    to symbol together.
 
     Raises:
         Rejected: the payload breaks a rule of the format.
@@ -100,30 +103,39 @@ def decode_values(payload: Tensor, count: int, lengths: Tensor, bound: Tensor, d
     data = payload[8 * strips :]
     position, size = _chunks(entries, data, chunks)
 
-    padded = torch.cat([data, data.new_zeros(8)]).to(torch.int64)
+    value_bits = 8 * torch.empty((), dtype=dtype).element_size()
     symbol_of, length_of = decoding_table(lengths)
-    value_bytes = torch.empty((), dtype=dtype).element_size()
-    bit = 8 * position
-    code = torch.zeros(chunks, CHUNK_VALUES, dtype=torch.int64)
-    own = torch.zeros_like(code)
-    exception = torch.zeros(chunks, CHUNK_VALUES, dtype=torch.bool)
+    window = _windows(data)
+    index = window & (1 << MAX_CODE_LENGTH) - 1
+    symbol, length = symbol_of[index], length_of[index]
+    coded, raw = symbol == SYMBOL_ESCAPE_CODE, symbol == SYMBOL_ESCAPE_RAW
+    following = torch.arange(window.numel()) + length + coded * ESCAPED_CODE_BITS + raw * value_bits
+    following = following.clamp(max=window.numel() - 1)  # behind the data, where no chunk may end
+
+    at = 8 * position
     remaining = count - CHUNK_VALUES * torch.arange(chunks)
+    read = torch.zeros(chunks, CHUNK_VALUES, dtype=torch.int64)
     for step in range(min(CHUNK_VALUES, count)):
-        at = (bit // 8).clamp(max=data.numel())
-        window = sum(padded[at + byte] << 8 * byte for byte in range(7)) >> bit % 8
-        index = window & (1 << MAX_CODE_LENGTH) - 1
-        symbol, length = symbol_of[index], length_of[index]
-        coded, raw = symbol == SYMBOL_ESCAPE_CODE, symbol == SYMBOL_ESCAPE_RAW
-        after = window >> length
-        code[:, step] = torch.where(coded, after & (1 << ESCAPED_CODE_BITS) - 1, symbol)
-        own[:, step] = after & (1 << 8 * value_bytes) - 1
-        exception[:, step] = raw
-        length = length + coded * ESCAPED_CODE_BITS + raw * (8 * value_bytes)
-        bit = bit + torch.where(step < remaining, length, 0)
-    if not torch.equal((bit - 8 * position + 7) // 8, size):
+        read[:, step] = at
+        at = torch.where(step < remaining, following[at], at)
+    if not torch.equal((at - 8 * position + 7) // 8, size):
         raise Rejected(Fault.STREAM)
-    bits = torch.where(exception, own, value_bits(reconstruct(code, bound, dtype)))
-    return bits_to_values(bits, dtype).flatten()[:count]
+
+    read = read.flatten()[:count]
+    after = window[read] >> length[read]
+    code = torch.where(coded[read], after & (1 << ESCAPED_CODE_BITS) - 1, symbol[read])
+    decoded = bits_of(reconstruct(code, bound, dtype))
+    return bits_to_values(torch.where(raw[read], after & (1 << value_bits) - 1, decoded), dtype)
+
+
+def _windows(data: Tensor) -> Tensor:
+    """The 49 bits or more from each bit on, and from some bits behind the end: int64 [8 (bytes + 16)]."""
+    padded = torch.cat([data, data.new_zeros(23)]).to(torch.int64)
+    places = data.numel() + 16
+    whole = torch.zeros(places, dtype=torch.int64)
+    for byte in range(7):
+        whole |= padded[byte : byte + places] << 8 * byte
+    return (whole[:, None] >> torch.arange(8)).flatten()
 
 
 def _chunks(entries: Tensor, data: Tensor, chunks: int) -> tuple[Tensor, Tensor]:

@@ -38,15 +38,15 @@ class Proof:
 
 
 def prove_round(
-    count: int, dtype: torch.dtype, mode: Mode, seed: int, backend: str = "", random_bounds: int = 8
+    count: int, dtype: torch.dtype, mode: Mode, seed: int, backend: str = "", every: int = 1
 ) -> Proof:
-    """One call with about ``count`` values: a peer for each generator, a table for each bound.
+    """One call with about ``count`` values: a peer for each generator, a table for each ``every``-th bound.
 
     Most bounds are absolute; every fifth is relative, and read from the frame. Entropy coding gets codebooks
     of other values, so that escapes are used.
     """
     generator = torch.Generator().manual_seed(seed)
-    limits = list(bounds(random_bounds, generator))
+    limits = list(bounds(8, generator))[seed % every :: every]
     each = max(1, count // (len(GENERATORS) * len(limits)))
     dims = [DIMS[(table + seed) % len(DIMS)] for table in range(len(limits))]
     layout = Layout.flat([[max(1, each // dim) for dim in dims]] * len(GENERATORS), dims)

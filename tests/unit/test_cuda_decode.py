@@ -262,3 +262,22 @@ def test_no_frame_leads_kernels_astray(dtype: torch.dtype, tmp_path: Path) -> No
         assert (same | (both_nan & may_differ(case))).all()
         rejected += int(job.status != 0)
     assert 10 < rejected < len(jobs) - 10
+
+
+def test_a_stream_that_does_not_end_is_left_with_the_payload(tmp_path: Path) -> None:
+    """All ones are the escape for own bits, of which a chunk's symbols would read far past the buffer."""
+    spans, count = flat_spans([[(60, 16)]])
+    blocks, totals = make_blocks(spans)
+    values = torch.randn(count, generator=torch.Generator().manual_seed(8)) * 0.03
+    books = Books.of([BOOKS[0]], [5])
+    (frame,) = run_encode(reference, values, blocks, totals, bound=0.02, request=Request.ENTROPY, books=books)
+    assert frame[24] == Mode.ENTROPY
+    (size,) = np.frombuffer(frame[40:48], np.uint64)
+    ones = bytearray(frame)
+    ones[48 + int(size) - 60 : 48 + int(size)] = b"\xff" * 60
+    case = Case([bytes(ones)], blocks, totals, torch.float32, count)
+    job, recorder = exact_job(case), Recorder(kernel_sources("decode"), 5)
+    cuda_decode(job, recorder)
+    recorder.run(tmp_path)
+    assert job.status.item() == Fault.STREAM
+    assert bool(torch.isnan(job.out).all())

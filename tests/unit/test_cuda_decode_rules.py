@@ -104,12 +104,22 @@ def cut(table: int, size: int) -> Edit:
 
 
 def padding(frame: bytearray, starts: list[int]) -> None:
-    assert starts[-1] < len(frame)
+    assert starts[-1] + 4 < len(frame)
     frame[-1] = 1
 
 
 def tile(number: int, change: Callable[[int], int]) -> Edit:
     return word(PACKED, 1 + number, change)  # after the one segment offset
+
+
+def gap_before_strips(frame: bytearray, starts: list[int]) -> None:
+    """A word before the first strip's data, of which all offsets know."""
+    for strip in range(CODED_STRIPS):
+        word(CODED, BOOK + 2 * strip, lambda old: old + 1)(frame, starts)
+    head(CODED, "Q", 16, starts[CODED + 1] - starts[CODED] + 4)(frame, starts)
+    at = starts[CODED] + 4 * (BOOK + 2 * CODED_STRIPS)
+    frame[at:at] = bytes(4)
+    del frame[-4:]
 
 
 def packed_without_rows(frame: bytearray, starts: list[int]) -> None:
@@ -180,6 +190,8 @@ PAYLOAD_RULES: dict[str, tuple[int, Edit, Fault]] = {
     "codebook without an escape": (CODED, byte(CODED, 127, 0x0B), Fault.CODEBOOK),
     "codebook missing": (CODED, head(CODED, "B", 1, 0), Fault.CODEBOOK_MISSING),
     "first strip's offset": (CODED, word(CODED, BOOK, lambda w: w + 1), Fault.DIRECTORY),
+    "wild first strip's offset": (CODED, word(CODED, BOOK, lambda w: 0xFFFFFFFF), Fault.DIRECTORY),
+    "gap before the first strip": (CODED, gap_before_strips, Fault.DIRECTORY),
     "strip offset": (CODED, word(CODED, BOOK + 2, lambda w: w + 1), Fault.DIRECTORY),
     "wild strip offset": (CODED, word(CODED, BOOK + 2, lambda w: 0xFFFFFFFF), Fault.DIRECTORY),
     "chunk sizes": (CODED, word(CODED, BOOK + 1, lambda w: w + 4), Fault.DIRECTORY),
