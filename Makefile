@@ -28,10 +28,10 @@ NETWORK := see pip's message above. Check the network, the disk and pip's index 
 	(PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), then run make setup again
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test check types bench doctor clean distclean
+.PHONY: help setup train test check types bench bench-gpu doctor clean distclean
 
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: $(READY) ## Build .venv with the pinned stack, once (STACK=cpu|cuda13, PYTHON=python3.12)
 
@@ -76,9 +76,12 @@ types: setup
 	@echo mypy -p tightrec; MYPYPATH=build/types $(VENV)/bin/mypy -p tightrec >build/types/log; status=$$?; \
 	sed 's#build/types/tightrec/##' build/types/log; exit $$status
 
+bench-gpu: ## Check and measure the codec on one GPU (ARGS="--out FOLDER"); needs torch, CuPy, numpy, pytest alone
+	@$(or $(wildcard $(VENV)/bin/python),python3) benchmarks/gpu.py $(ARGS)
+
 bench: setup ## Run benchmarks/SCRIPT.py with ARGS; without SCRIPT, list the scripts
 ifeq ($(SCRIPT),)
-	@for script in benchmarks/*.py; do test -e "$$script" || continue; \
+	@for script in $$(grep -l "__main__" benchmarks/*.py); do \
 	printf '  make bench SCRIPT=%-20s %s\n' "$$(basename "$$script" .py)" \
 	"$$(sed -n 's/^"""\([^"]*\).*/\1/p' "$$script" | head -n 1)"; done
 else

@@ -197,8 +197,8 @@ DEVICE void check_payload(const FrameView& frame, const Block& b, const DecodeSc
 }
 
 KERNEL(CHECK_THREADS, 1) decode_check(
-    const u8* buffer, i64 buffer_bytes, const i64* offsets, const i64* sizes, const i64* blocks, u8* book_lengths,
-    int* book_ids, u8* scratch, i64 peers, i64 tables, i64 slices, i64 rows, i64 dtype) {
+    const u8* buffer, i64 buffer_bytes, const i64* offsets, const i64* sizes, const i64* blocks,
+    u8* book_lengths, int* book_ids, u8* scratch, i64 peers, i64 tables, i64 slices, i64 rows, i64 dtype) {
     SHARED(HeaderSums, parts, CHECK_WARPS);
     SHARED(u32, wrong, 1);
     DecodeScratch s = decode_scratch(scratch, peers, tables, slices, rows);
@@ -238,7 +238,8 @@ KERNEL(CHECK_THREADS, 1) decode_check(
     i64 block = peer * tables + table;
     if (whole) {
         Block b = load_block(blocks, block);
-        check_payload(frame, b, s, peer, table, tables, slice, heads + sums.before, book_lengths, book_ids, wrong);
+        i64 start = heads + sums.before;
+        check_payload(frame, b, s, peer, table, tables, slice, start, book_lengths, book_ids, wrong);
     } else if (threadIdx.x == 0) {
         s.faults[block * slices + slice] = NO_FAULT;
         if (slice == 0) s.payloads[block].mode = MODE_NOTHING;

@@ -32,7 +32,7 @@ constexpr u32 MODE_NOTHING = 7;
 
 // Where a block's values lie in the buffer; written by decode_check for each block.
 struct Payload {
-    i64 data;    // bytes from the buffer's start: the values (raw, half), the segment offsets, the strip entries
+    i64 data;    // bytes from the buffer's start to values (raw, half), segment offsets or strip entries
     i64 bytes;   // from there to the payload's end
     u32 mode;    // Mode, or MODE_NOTHING
     float step;  // twice the bound

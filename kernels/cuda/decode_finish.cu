@@ -93,8 +93,8 @@ template <class T> DEVICE void poison_tile(const Block& b, typename T::Bits* out
 }
 
 template <class T>
-DEVICE void decode_finish(const i64* blocks, u8* scratch, typename T::Bits* out, i64* status, i64 peers, i64 tables,
-                          i64 slices, i64 rows, i64 shares) {
+DEVICE void decode_finish(const i64* blocks, u8* scratch, typename T::Bits* out, i64* status, i64 peers,
+                          i64 tables, i64 slices, i64 rows, i64 shares) {
     SHARED(i64, parts, FINISH_WARPS);
     DecodeScratch s = decode_scratch(scratch, peers, tables, slices, rows);
     if (blockIdx.x == 0) write_status(s, peers, status, parts);
@@ -113,11 +113,11 @@ DEVICE void decode_finish(const i64* blocks, u8* scratch, typename T::Bits* out,
     }
 }
 
-#define DECODE_FINISH(name, T)                                                                                    \
-    KERNEL(FINISH_THREADS, 4)                                                                                     \
-    name(const i64* blocks, u8* scratch, T::Bits* out, i64* status, i64 peers, i64 tables, i64 slices, i64 rows,  \
-         i64 shares) {                                                                                            \
-        decode_finish<T>(blocks, scratch, out, status, peers, tables, slices, rows, shares);                      \
+#define DECODE_FINISH(name, T)                                                                              \
+    KERNEL(FINISH_THREADS, 4)                                                                               \
+    name(const i64* blocks, u8* scratch, T::Bits* out, i64* status, i64 peers, i64 tables, i64 slices,      \
+         i64 rows, i64 shares) {                                                                            \
+        decode_finish<T>(blocks, scratch, out, status, peers, tables, slices, rows, shares);                \
     }
 
 DECODE_FINISH(decode_finish_f32, Float32)

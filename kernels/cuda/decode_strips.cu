@@ -74,7 +74,8 @@ DEVICE void fill_table(const u8* lengths, u16* sorted, u16* table) {
 
 // Where the lane's chunk lies, in bytes from the first strip's data, after checks of the strip's directory.
 DEVICE u32 locate_chunk(const u8* coded, const Payload& p, u32 strip, i64& start, u32& size) {
-    u32 chunks = (p.values + CHUNK_VALUES - 1) / CHUNK_VALUES, strips = (chunks + STRIP_CHUNKS - 1) / STRIP_CHUNKS;
+    u32 chunks = (p.values + CHUNK_VALUES - 1) / CHUNK_VALUES;
+    u32 strips = (chunks + STRIP_CHUNKS - 1) / STRIP_CHUNKS;
     u32 lane = lane_index(), entry = read_word(coded + 8 * (i64)strip + 4);
     const u8* data = coded + 8 * (i64)strips;
     i64 data_bytes = p.bytes - 8 * (i64)strips, offset = 4 * (i64)read_word(coded + 8 * (i64)strip);
@@ -89,8 +90,9 @@ DEVICE u32 locate_chunk(const u8* coded, const Payload& p, u32 strip, i64& start
     // Each strip proves the offset of the next, the first one its own, so that together all are proved.
     i64 end = offset + 4 * planes + (total + 3) / 4 * 4;
     i64 expected = strip + 1 == strips ? data_bytes : 4 * (i64)read_word(coded + 8 * (i64)(strip + 1));
-    bool good = end == expected && end <= data_bytes && (strip || offset == 0);
-    return good && ballot(FULL_WARP, size > MAX_CHUNK_BYTES) == 0 ? FAULT_NONE : FAULT_DIRECTORY;
+    bool good = end == expected && (strip || offset == 0);
+    // No chunk's symbols use more than MAX_CHUNK_BYTES: a larger one is found when they have been read.
+    return good ? FAULT_NONE : FAULT_DIRECTORY;
 }
 
 template <class T> DEVICE u32 decode_symbol(BitReader& r, const u16* table, float step) {
@@ -168,11 +170,11 @@ DEVICE void decode_strips(const u8* buffer, const i64* blocks, const u8* book_le
     if (ballot(FULL_WARP, !good) && lane == 0) report_fault(s, tables, block, FAULT_STREAM);
 }
 
-#define DECODE_STRIPS(name, T)                                                                                    \
-    KERNEL(STRIP_THREADS, 16)                                                                                     \
-    name(const u8* buffer, const i64* blocks, const u8* book_lengths, u8* scratch, T::Bits* out, i64 peers,       \
-         i64 tables, i64 slices, i64 rows) {                                                                      \
-        decode_strips<T>(buffer, blocks, book_lengths, scratch, out, peers, tables, slices, rows);                \
+#define DECODE_STRIPS(name, T)                                                                              \
+    KERNEL(STRIP_THREADS, 16)                                                                               \
+    name(const u8* buffer, const i64* blocks, const u8* book_lengths, u8* scratch, T::Bits* out, i64 peers, \
+         i64 tables, i64 slices, i64 rows) {                                                                \
+        decode_strips<T>(buffer, blocks, book_lengths, scratch, out, peers, tables, slices, rows);          \
     }
 
 DECODE_STRIPS(decode_strips_f32, Float32)

@@ -47,18 +47,20 @@ DEVICE u32 gather(const u32* planes, u32 width, u32 from, u32 shift) {
 
 // Where a packed tile's data lies and how long it is; checks the directory around it.
 DEVICE u32 locate_tile(const u8* data, const Payload& p, u32 tile, i64& start, u32& entry) {
-    u32 tiles = (p.values + TILE_VALUES - 1) / TILE_VALUES, segment = tile / SEGMENT_TILES, lane = lane_index();
-    u32 segments = (tiles + SEGMENT_TILES - 1) / SEGMENT_TILES, mine = tile % SEGMENT_TILES;
+    u32 tiles = (p.values + TILE_VALUES - 1) / TILE_VALUES, lane = lane_index();
+    u32 segments = (tiles + SEGMENT_TILES - 1) / SEGMENT_TILES;
+    u32 segment = tile / SEGMENT_TILES, mine = tile % SEGMENT_TILES, first = segment * SEGMENT_TILES;
     const u8* entries = data + 4 * (i64)(segments - 1);
     i64 data_words = p.bytes / 4 - (segments - 1) - tiles;
-    u32 first = segment * SEGMENT_TILES, all = first + lane < tiles ? read_word(entries + 4 * (i64)(first + lane)) : 0;
+    u32 all = first + lane < tiles ? read_word(entries + 4 * (i64)(first + lane)) : 0;
     entry = shuffle(FULL_WARP, all, mine);
     start = reduce_add(FULL_WARP, lane < mine ? all & 0x7FFu : 0);
     if (segment) start += read_word(data + 4 * (i64)(segment - 1));
     i64 end = start + (entry & 0x7FFu);
     // Each segment's last tile proves the offset of the next, so that together all offsets are proved.
     bool last = tile + 1 == tiles;
-    i64 expected = last ? data_words : mine == SEGMENT_TILES - 1 ? (i64)read_word(data + 4 * (i64)segment) : end;
+    i64 expected = last ? data_words : end;
+    if (!last && mine == SEGMENT_TILES - 1) expected = read_word(data + 4 * (i64)segment);
     bool good = end == expected && end <= data_words && (entry & 0x7FFu) <= MAX_TILE_WORDS;
     return good ? FAULT_NONE : FAULT_DIRECTORY;
 }
@@ -66,7 +68,7 @@ DEVICE u32 locate_tile(const u8* data, const Payload& p, u32 tile, i64& start, u
 // The lane's group of a packed tile whose words are in `stage`.
 template <class T> DEVICE u32 read_kinds(const u32* stage, u32 entry, u32 count, Group& group) {
     u32 words = entry & 0x7FFu, base = entry >> 11 & 63u, planes = entry >> 17 & 7u, lane = lane_index();
-    if (entry >> 20 || planes > MAX_KIND_PLANES || planes > words) return FAULT_DIRECTORY;
+    if (entry >> 20 || planes > MAX_KIND_PLANES) return FAULT_DIRECTORY;
     u32 kind = base;
     for (u32 j = 0; j < planes; ++j) kind += (stage[j] >> lane & 1u) << j;
     if (32 * lane >= count) kind = 0;
@@ -197,11 +199,11 @@ DEVICE void decode_tiles(const u8* buffer, const i64* blocks, u8* scratch, typen
     write_tile<T>(stage, group, p, b, s, out, first, count);
 }
 
-#define DECODE_TILES(name, T)                                                                                     \
-    KERNEL(TILES_THREADS, 4)                                                                                      \
-    name(const u8* buffer, const i64* blocks, u8* scratch, T::Bits* out, i64 peers, i64 tables, i64 slices,       \
-         i64 rows, i64 tiles) {                                                                                   \
-        decode_tiles<T>(buffer, blocks, scratch, out, peers, tables, slices, rows, tiles);                        \
+#define DECODE_TILES(name, T)                                                                               \
+    KERNEL(TILES_THREADS, 4)                                                                                \
+    name(const u8* buffer, const i64* blocks, u8* scratch, T::Bits* out, i64 peers, i64 tables, i64 slices, \
+         i64 rows, i64 tiles) {                                                                             \
+        decode_tiles<T>(buffer, blocks, scratch, out, peers, tables, slices, rows, tiles);                  \
     }
 
 DECODE_TILES(decode_tiles_f32, Float32)

@@ -55,6 +55,12 @@ def values_of(layout: Layout, dtype: torch.dtype, seed: int = 0) -> Tensor:
     return values.to(dtype).view(layout.shape)
 
 
+def small_values(layout: Layout, dtype: torch.dtype, seed: int) -> Tensor:
+    """Values on the CPU whose codes are mostly 0 to 3 at a bound of 0.3: worth a codebook."""
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(layout.shape, generator=generator) * 0.4).to(dtype)
+
+
 def bits(values: Tensor) -> np.ndarray:
     values = values.detach().cpu().contiguous()
     return values.view(torch.int32 if values.element_size() == 4 else torch.int16).numpy()
@@ -152,7 +158,7 @@ def test_every_value_keeps_the_bound(dtype: torch.dtype, bound: float) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_codebooks_are_made_sent_once_and_kept(dtype: torch.dtype) -> None:
     layout = Layout.columns(rows=[900, 600], dims=[16, 33])
-    values = values_of(layout, dtype, seed=4)
+    values = small_values(layout, dtype, seed=4)
     ours, theirs = Codebooks(2, 2, DEVICE), Codebooks(2, 2)
     known = ReceivedCodebooks(2, 2, DEVICE)
     sizes = []
@@ -164,7 +170,7 @@ def test_codebooks_are_made_sent_once_and_kept(dtype: torch.dtype) -> None:
         assert torch.equal(ours.sent.cpu(), theirs.sent)
         again = decode(frames, layout, dtype=dtype, codebooks=known)
         error = (again.cpu().float() - values.float()).abs()
-        assert bool((error[torch.isfinite(values)] <= 0.3).all())
+        assert bool((error <= float(np.float32(0.3))).all())
         sizes.append(int(frames.sizes.sum()))
         if len(sizes) == 1:
             ours.refresh()
@@ -193,14 +199,14 @@ def test_damaged_frames_are_judged_like_by_the_reference(mode: Mode, dtype: torc
     """Sixty-four damaged frames at once, as if from as many peers."""
     peers, dims = 64, [16, 3, 33]
     one, all_of_them = (Layout.columns(rows=[60] * count, dims=dims) for count in (1, peers))
-    values = values_of(one, dtype, seed=5)
+    values = small_values(one, dtype, seed=5)
     books = Codebooks(1, 3)
-    for _ in range(2):
-        frames = encode(values, one, 0.3, mode, codebooks=books, backend="reference")
-        books.refresh()
+    encode(values, one, 0.3, mode, codebooks=books, backend="reference")
+    books.refresh()
     (good,) = frame_bytes(encode(values, one, 0.3, mode, codebooks=books, backend="reference"))
+    assert good[24] == {"raw": 0, "packed": 3, "dedup": 4, "entropy": 5}[mode]
     generator = np.random.default_rng(DTYPES.index(dtype))
-    for _ in range(3):
+    for _ in range(2):
         sent = [good, *(damaged(good, generator) for _ in range(peers - 1))]
         outcomes = []
         for device, backend in ((DEVICE, ""), (torch.device("cpu"), "reference")):

@@ -56,3 +56,5 @@ KERNEL(256, 1) selftest_past_shared(u32* out) {
     barrier();
     out[0] = words[0];
 }
+
+KERNEL(256, 1) selftest_wide_shift(u32* out, i64 by) { out[0] = (u32)(1 << by); }
