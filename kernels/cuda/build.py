@@ -16,10 +16,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from tightrec.kernels.cache import CACHE_VARIABLE, cache_folder, digest
+
 FLAGS = ("--fmad=false", "--ftz=false", "--prec-div=true", "--prec-sqrt=true", "--std=c++17")
 """Options that NVRTC and nvcc both take."""
 SOURCES = Path(__file__).parent
-CACHE_VARIABLE = "TIGHTREC_CACHE"
 
 
 class BuildError(RuntimeError):
@@ -128,11 +129,6 @@ def options(architecture: str) -> list[str]:
     return [f"--gpu-architecture={architecture}", *FLAGS, f"--include-path={SOURCES}"]
 
 
-def cache_folder() -> Path:
-    """``$TIGHTREC_CACHE``, else ``~/.cache/tightrec``."""
-    return Path(os.environ.get(CACHE_VARIABLE) or Path.home() / ".cache" / "tightrec")
-
-
 def cubin(architecture: str, compiler: Compiler | None = None) -> Path:
     """The kernels as a cubin on disk; compiled if no process has done so before.
 
@@ -173,11 +169,8 @@ def cubin(architecture: str, compiler: Compiler | None = None) -> Path:
 
 def _key(architecture: str, compiler: Compiler) -> str:
     """Digest of all that the cubin depends on."""
-    digest = hashlib.sha256(repr((architecture, FLAGS, compiler.version)).encode())
-    for path in sorted([*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]):
-        content = path.read_bytes()
-        digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return digest.hexdigest()[:24]
+    sources = [*SOURCES.glob("*.cu"), *SOURCES.glob("*.cuh")]
+    return digest(sources, architecture, *FLAGS, compiler.version)
 
 
 def _proof(path: Path) -> Path:

@@ -3,6 +3,7 @@
 import multiprocessing
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -15,7 +16,6 @@ from codec_jobs import (
     flat_spans,
     gather,
     make_blocks,
-    make_stages,
     run_decode,
     run_encode,
     spans_of,
@@ -162,6 +162,32 @@ def test_every_mode_occurs_in_these_jobs() -> None:
             headers = frame[FRAME_HEADER_BYTES:][: BLOCK_HEADER_BYTES * totals.tables]
             modes.update(headers[::BLOCK_HEADER_BYTES])
     assert modes >= {0, 1, 3, 4, 5, 6}
+
+
+def test_a_due_codebook_does_not_count_against_float16() -> None:
+    spans, _ = flat_spans([[(2, 32)]])
+    blocks, totals = make_blocks(spans)
+    values = torch.zeros(64)
+    values[3] = values[40] = 250.0  # escaped: coded 28 bytes, with the book 156, packed 84, float16 128
+    books = Books.of([STEEP], [1])
+    frames = [
+        run_encode(backend, values, blocks, totals, bound=0.25, request=Request.AUTO, books=books)
+        for backend in (cpu, reference)
+    ]
+    assert frames[0] == frames[1]
+    assert frames[0][0][FRAME_HEADER_BYTES] == Mode.ENTROPY
+
+
+@pytest.mark.parametrize("bound", [0.0, 1e-40, float("nan"), float("inf"), 3e38, -1.0])
+def test_bounds_out_of_range_are_the_references(bound: float) -> None:
+    spans, count = flat_spans([[(31, 33)] * 3])
+    blocks, totals = make_blocks(spans)
+    values = make_values(spans, count, torch.float32, seed=0)
+    frames = [
+        run_encode(backend, values, blocks, totals, bound=bound, request=Request.PACKED, kind=[0, 1, 2])
+        for backend in (cpu, reference)
+    ]
+    assert frames[0] == frames[1]
 
 
 @pytest.mark.parametrize("request_", [r for r in Request if r != Request.HALF])
@@ -363,24 +389,11 @@ def test_calls_from_two_threads_at_once_are_right() -> None:
 
 def test_too_little_scratch_is_refused() -> None:
     values, blocks, totals = make_job("flat", torch.float32, seed=0)
-    stages = make_stages([Request.PACKED], [0], False)
-    empty = torch.zeros(totals.tables, dtype=torch.uint8)
-    job = EncodeJob(
-        values=values,
-        blocks=blocks,
-        totals=totals,
-        stages=stages,
-        bound=torch.ones(totals.tables),
-        bound_kind=empty,
-        request=empty + Request.PACKED,
-        book_lengths=torch.zeros(totals.tables, 256, dtype=torch.uint8),
-        book_ids=empty.to(torch.int32),
-        book_sent=torch.zeros(totals.peers, totals.tables, dtype=torch.int32),
-        histogram=None,
-        out=torch.zeros(0, dtype=torch.uint8),
-        offsets=torch.zeros(totals.peers, dtype=torch.int64),
-        sizes=torch.zeros(totals.peers, dtype=torch.int64),
-        scratch=torch.zeros(cpu.encode_scratch_bytes(totals, stages, 4) - 1, dtype=torch.uint8),
+    recorder = Recorder()
+    frames, _, _ = encode(recorder, values, blocks, totals, shift=0)
+    run_decode(
+        recorder, frames, blocks, totals, values.dtype, count=values.numel(), books=received_books(totals)
     )
-    with pytest.raises(ValueError, match="scratch has"):
-        cpu.encode(job)
+    for run, job in ((cpu.encode, recorder.encoded), (cpu.decode, recorder.decoded)):
+        with pytest.raises(ValueError, match="scratch has"):
+            run(replace(job, scratch=job.scratch[:-1]))
