@@ -3,7 +3,7 @@
     make bench SCRIPT=bound ARGS="--values 1e10"
 
 Every value goes through encode and decode of the device's own backend and is compared without rounding.
-Exits 1 and names the first broken values if any is beyond its bound. 1e10 values take hours on two cores;
+Exits 1 and names the first broken values if any is beyond its bound. 1e9 values take minutes on a core;
 Ctrl-C ends with what has been shown so far.
 """
 
