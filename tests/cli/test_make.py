@@ -223,7 +223,7 @@ def test_bench_lists_scripts_and_runs_one(project: Path) -> None:
     ready(project)
     (project / "benchmarks").mkdir()
     (project / "benchmarks" / "rate.py").write_text(
-        '"""Rows per second."""\nimport sys\nprint(sys.argv[1:])\n'
+        '"""Rows per second."""\nimport sys\nif __name__ == "__main__":\n    print(sys.argv[1:])\n'
     )
     assert make(project, "bench").stdout.strip() == "make bench SCRIPT=rate                 Rows per second."
     assert make(project, "bench", "SCRIPT=rate", "ARGS=a b").stdout.splitlines()[-1] == "['a', 'b']"
