@@ -309,6 +309,10 @@ def main(words: Iterable[str]) -> int:
     parser.add_argument("--backend", default="", help="of the codec; all write the same bytes")
     parser.add_argument("--refresh", type=int, default=100, help="steps that a codebook serves")
     given = parser.parse_args(list(words))
+    if not given.dump.is_file():
+        parser.error(f"there is no file {given.dump}: benchmarks/dump_exchange.py writes one")
+    if not any(key.count("/") == 3 for key in np.load(given.dump).files):
+        parser.error(f"{given.dump} was not written by benchmarks/dump_exchange.py")
     for kind in given.kinds.split(","):
         steps, raw_steps = dumped_steps(given.dump, kind)
         raw = sum((Counter(each) for each in raw_steps[1:]), Counter[str]())

@@ -42,7 +42,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("\nstopped early", end="")
     minutes = (time.monotonic() - begin) / 60
-    seeds = f"seeds {arguments.seed} to {seed - 1}"
+    seeds = f"seeds {arguments.seed} to {max(seed - 1, arguments.seed)}"
     print(f"\n{done:,} damaged frames read alike in {minutes:.1f} minutes ({seeds})")
     return 0
 

@@ -329,6 +329,10 @@ def main(words: Iterable[str]) -> int:
     )
     parser.add_argument("--kind", choices=["forward", "backward", "summed"], default="forward")
     given = parser.parse_args(list(words))
+    if not given.dump.is_file():
+        parser.error(f"there is no file {given.dump}: benchmarks/dump_exchange.py writes one")
+    if not any(key.count("/") == 3 for key in np.load(given.dump).files):
+        parser.error(f"{given.dump} was not written by benchmarks/dump_exchange.py")
     totals: dict[str, dict[str, int]] = {}
     for (_, table, _), block in dumped(given.dump, given.kind).items():
         made = compress(block, given.bound)

@@ -37,7 +37,7 @@ def main(words: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
         return _failed(f"{where}{error.strerror or error}")
-    except (ValueError, MemoryError) as error:
+    except (ValueError, MemoryError, ImportError) as error:
         return _failed(str(error) or "out of memory")
     finally:
         patience.cancel()

@@ -7,6 +7,7 @@ float32 that was used (docs/FORMAT.md, section 5).
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -68,8 +69,10 @@ class Bounds:
                     f"bounds by name must name every table once: unknown {unknown}, missing {missing}"
                 )
             bounds = [bounds[table] for table in tables]
-        elif isinstance(bounds, Bound | float | int):
+        elif isinstance(bounds, Bound | Real):
             bounds = [bounds] * len(tables)
+        elif isinstance(bounds, str) or not isinstance(bounds, Sequence):
+            raise ValueError(f"bounds are a number, a Bound, or one of them for each table, not {bounds!r}")
         return cls(tuple(b if isinstance(b, Bound) else Bound(value=float(b)) for b in bounds), tuple(tables))
 
     @property
@@ -92,6 +95,8 @@ def _check(table: str, bound: Bound) -> None:
             f"table {table!r}: a bound is absolute, or relative to range or rms, not {bound.of!r}"
         )
     value = bound.value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise ValueError(f"table {table!r}: the error bound is {value!r}; give a number")
     # The float32 that the frame will hold decides: 1e-38 is a positive double and a subnormal float.
     single = float(torch.tensor(value, dtype=torch.float32)) if math.isfinite(value) else value
     if not MIN_BOUND <= single <= MAX_BOUND:

@@ -7,6 +7,10 @@
 Both run on the device and, for CUDA, on the current stream of the tensors they are given. With ``out`` and
 ``scratch`` (``encode``: also ``Bounds`` and ``Modes`` made before) they allocate nothing and never wait for
 the device. P peers, T tables.
+
+Gradients stop here: neither is differentiable. On a CPU the first call compiles the loops, once for a machine
+and release (half a minute; ``kernels/cpu/jit.py``); make it before ``torch.compile`` traces one. In a process
+forked from one that used several torch threads, give ``out`` to ``decode``: torch hangs on filling a tensor.
 """
 
 from collections.abc import Mapping, Sequence
@@ -62,8 +66,12 @@ class Modes:
         object.__setattr__(self, "requests", tuple(Request[mode.upper()] for mode in self.modes))
 
     @classmethod
-    def of(cls, modes: "Mode | Sequence[Mode]", tables: Sequence[str]) -> "Modes":
-        """One mode for all tables, or one for each."""
+    def of(cls, modes: "Mode | Sequence[Mode] | Mapping[str, Mode]", tables: Sequence[str]) -> "Modes":
+        """One mode for all tables, one for each in order, or one for each by name."""
+        if isinstance(modes, Mapping):
+            if set(modes) != set(tables):
+                raise ValueError(f"modes by name must name every table once, not {sorted(modes)}")
+            modes = [modes[table] for table in tables]
         return cls((modes,) * len(tables) if isinstance(modes, str) else tuple(modes), tuple(tables))
 
     def on(self, device: torch.device) -> Tensor:
@@ -88,7 +96,7 @@ def encode(
     values: Tensor,
     layout: Layout,
     bounds: "Bounds | BoundLike | Sequence[BoundLike] | Mapping[str, BoundLike]",
-    modes: "Modes | Mode | Sequence[Mode]" = "auto",
+    modes: "Modes | Mode | Sequence[Mode] | Mapping[str, Mode]" = "auto",
     out: Frames | None = None,
     scratch: Tensor | None = None,
     *,
@@ -116,11 +124,9 @@ def encode(
         bounds = Bounds.of(bounds, layout.tables)
     if not isinstance(modes, Modes):
         modes = Modes.of(modes, layout.tables)
-    if len(bounds.tables) != layout.totals.tables or len(modes.tables) != layout.totals.tables:
-        raise ValueError(
-            f"the layout has {layout.totals.tables} tables, but there are bounds for {len(bounds.tables)} "
-            f"and modes for {len(modes.tables)}"
-        )
+    for name, tables in {"bounds": bounds.tables, "modes": modes.tables}.items():
+        if tables != layout.tables:
+            raise ValueError(f"the {name} are for the tables {tables}, but the layout has {layout.tables}")
     stages = modes.stages(bounds, codebooks is not None)
     if out is None:
         out = Frames.empty(layout, values.dtype, device)
@@ -202,6 +208,11 @@ def decode(
     books = codebooks or ReceivedCodebooks.within(scratch[:own], peers, layout.totals.tables)
     _check_codebooks(books.ids, layout, device)
     found = torch.zeros(1, dtype=torch.int64, device=device) if status is None else status
+    if found.dtype != torch.int64 or tuple(found.shape) != (1,) or found.device != device:
+        raise ValueError(
+            f"status must be an int64 tensor of one element on {device}, not {found.dtype} of shape "
+            f"{tuple(found.shape)} on {found.device}"
+        )
     torch.ops.tightrec.decode_(
         frames.buffer,
         frames.offsets,

@@ -4,6 +4,7 @@ A block is what one peer gets of one table: rows of ``dim`` values, ``stride`` e
 T tables, P*T blocks in order of peer, then table; any of them may be empty.
 """
 
+import operator
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,6 +29,11 @@ class Block:
     """Elements from one row to the next."""
     dim: int
     """Values in a row, 1 to 2,048."""
+
+    def __post_init__(self) -> None:
+        for name in ("offset", "rows", "stride", "dim"):
+            # Tensors and numpy integers become Python's: sums over blocks must not change them in place.
+            object.__setattr__(self, name, _integer(getattr(self, name), f"a block's {name}"))
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,6 +70,8 @@ class Layout:
             object.__setattr__(self, "tables", tuple(str(table) for table in range(counts.pop())))
         elif counts != {len(self.tables)}:
             raise ValueError(f"{len(self.tables)} table names for {counts.pop()} tables of each peer")
+        if len(set(self.tables)) < len(self.tables):
+            raise ValueError(f"two tables have the same name: {', '.join(self.tables)}")
         elements = torch.Size(self.shape).numel()
         for peer, blocks in enumerate(self.blocks):
             for name, block in zip(self.tables, blocks, strict=True):
@@ -90,7 +98,9 @@ class Layout:
         """
         offset = 0
         peers = []
-        for peer, counts in enumerate(rows):
+        dims = [_integer(dim, "a table's dim") for dim in dims]
+        for peer, row in enumerate(rows):
+            counts = [_integer(count, f"a number of rows of peer {peer}") for count in row]
             if len(counts) != len(dims):
                 raise ValueError(
                     f"peer {peer} has rows for {len(counts)} tables, but there are {len(dims)} dims"
@@ -111,6 +121,8 @@ class Layout:
             dims: [T] columns of every table, side by side.
             tables: their names.
         """
+        dims = [_integer(dim, "a table's dim") for dim in dims]
+        rows = [_integer(count, "a number of rows") for count in rows]
         width = sum(dims)
         starts = [sum(dims[:table]) for table in range(len(dims))]
         peers, first = [], 0
@@ -146,6 +158,13 @@ class Layout:
             rows += block.rows
             values += count
         return [*table, [0, 0, 0, 0, tiles, strips, rows, values]]
+
+
+def _integer(number: object, what: str) -> int:
+    try:
+        return operator.index(number)  # type: ignore[arg-type]
+    except TypeError:
+        raise ValueError(f"{what} is {number!r}; give an integer") from None
 
 
 def _check(block: Block, elements: int, where: str) -> None:

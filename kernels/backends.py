@@ -45,4 +45,14 @@ def backend(name: str, device: torch.device) -> Backend:
         raise ValueError("codec backend 'cuda' needs CUDA tensors; these are on the CPU")
     if name in ("reference", "cpu") and device.type == "cuda":
         raise ValueError(f"codec backend {name!r} needs CPU tensors; these are on {device}")
-    return cast(Backend, import_module(_MODULES[name or device.type]))
+    chosen = name or device.type
+    try:
+        return cast(Backend, import_module(_MODULES[chosen]))
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("tightrec"):
+            raise
+        raise ModuleNotFoundError(
+            f"codec backend {chosen!r} needs {error.name}, which is not installed: pip install {error.name}. "
+            f"backend='reference' needs torch alone, and is slow",
+            name=error.name,
+        ) from error

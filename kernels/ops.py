@@ -4,6 +4,7 @@
 synchronisation. ``tightrec::encode`` and ``tightrec::decode`` return new tensors, without codebooks.
 Shapes: P peers, T tables, see ``job``. ``totals`` are the fields of ``job.Totals`` in order, ``stages`` has a
 bit for each field of ``job.Stages``, ``backend`` is a name of ``backends.NAMES`` or "" for the device's own.
+Arguments are taken as they are: ``tightrec.compression.codec`` checks them; who calls directly must do so.
 """
 
 from dataclasses import astuple, fields
@@ -141,7 +142,8 @@ def _encode(
     known = _totals(totals)
     device = values.device
     scratch_bytes = find(backend, device).encode_scratch_bytes(known, _stages(stages), values.element_size())
-    out = _bytes(frame_capacity(known, values.element_size()), device)
+    # Zeros, as an operator's outputs may not depend on what the memory held.
+    out = torch.zeros(frame_capacity(known, values.element_size()), dtype=torch.uint8, device=device)
     offsets = torch.zeros(known.peers, dtype=torch.int64, device=device)
     sizes = torch.zeros_like(offsets)
     ids = torch.zeros(known.tables, dtype=torch.int32, device=device)
