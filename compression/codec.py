@@ -131,6 +131,7 @@ def encode(
     if out is None:
         out = Frames.empty(layout, values.dtype, device)
     _check_bytes(out.buffer, max_frame_bytes(layout, values.dtype), device, "out.buffer", "Frames.empty")
+    _check_counts(out, layout, "out")
     needed = find_backend(backend, device).encode_scratch_bytes(layout.totals, stages, values.element_size())
     if scratch is None:
         scratch = torch.empty(needed, dtype=torch.uint8, device=device)
@@ -198,8 +199,9 @@ def decode(
     if out.device != device:
         raise ValueError(f"out is on {out.device}, but the frames are on {device}")
     peers = layout.totals.peers
-    if frames.sizes.numel() != peers or frames.offsets.numel() != peers:
-        raise ValueError(f"the layout has {peers} peers, but there are {frames.sizes.numel()} frames")
+    if frames.buffer.dtype != torch.uint8 or not frames.buffer.is_contiguous() or frames.buffer.dim() != 1:
+        raise ValueError("frames.buffer must be a flat contiguous uint8 tensor")
+    _check_counts(frames, layout, "frames")
     needed = decode_scratch_bytes(layout, out.dtype, device=device, backend=backend)
     if scratch is None:
         scratch = torch.empty(needed, dtype=torch.uint8, device=device)
@@ -242,10 +244,9 @@ def encode_scratch_bytes(
     backend: str = "",
 ) -> int:
     """Bytes of scratch for ``encode``; ``codebooks``: whether it will be given some."""
-    value_bytes = torch.empty((), dtype=dtype).element_size()
     stages = modes.stages(bounds, codebooks)
     return find_backend(backend, torch.device(device)).encode_scratch_bytes(
-        layout.totals, stages, value_bytes
+        layout.totals, stages, dtype.itemsize
     )
 
 
@@ -253,9 +254,8 @@ def decode_scratch_bytes(
     layout: Layout, dtype: torch.dtype, *, device: torch.device | str = "cpu", backend: str = ""
 ) -> int:
     """Bytes of scratch for ``decode``."""
-    value_bytes = torch.empty((), dtype=dtype).element_size()
     found = find_backend(backend, torch.device(device))
-    return _received_bytes(layout) + found.decode_scratch_bytes(layout.totals, value_bytes)
+    return _received_bytes(layout) + found.decode_scratch_bytes(layout.totals, dtype.itemsize)
 
 
 def _no_codebooks(layout: Layout, device: torch.device) -> Codebooks:
@@ -276,6 +276,17 @@ def _check_values(values: Tensor, layout: Layout, name: str) -> None:
         raise ValueError(f"{name} has shape {tuple(values.shape)}, but the layout's is {tuple(layout.shape)}")
     if not values.is_contiguous():
         raise ValueError(f"{name} must be contiguous; call .contiguous() or describe the strides in a Layout")
+
+
+def _check_counts(frames: Frames, layout: Layout, name: str) -> None:
+    peers = layout.totals.peers
+    for part, tensor in {"sizes": frames.sizes, "offsets": frames.offsets}.items():
+        if tensor.numel() != peers:
+            raise ValueError(
+                f"the layout has {peers} peers, but there are {tensor.numel()} frames ({name}.{part})"
+            )
+        if tensor.dtype != torch.int64 or tensor.device != frames.buffer.device or not tensor.is_contiguous():
+            raise ValueError(f"{name}.{part} must be a contiguous int64 tensor on {frames.buffer.device}")
 
 
 def _check_bytes(tensor: Tensor, needed: int, device: torch.device, name: str, maker: str) -> None:

@@ -117,7 +117,10 @@ class Frames:
 
 def frame_bytes_limits(layout: Layout, dtype: torch.dtype) -> list[int]:
     """The most bytes that each peer's frame can take: every block raw."""
-    value_bytes = torch.empty((), dtype=dtype).element_size()
+    return layout.kept(("frame bytes", dtype), lambda: _limits(layout, dtype.itemsize))
+
+
+def _limits(layout: Layout, value_bytes: int) -> list[int]:
     limits = []
     for blocks in layout.blocks:
         size = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * len(blocks)

@@ -1,7 +1,6 @@
 """The codec on the CPU, compiled by Numba: the bytes of the reference at the speed of memory.
 
-Numba caches compiled loops beside the sources, by file: after an edit of a file that another one's loops
-call, delete the caches (``make clean``).
+The first call compiles the loops; ``jit`` says where they are kept.
 """
 
 from tightrec.kernels.cpu.decode import decode, decode_scratch_bytes

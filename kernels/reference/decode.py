@@ -156,7 +156,7 @@ def _decode_block(job: DecodeJob, peer: int, table: int, header: _Header, place:
         return torch.zeros(0, dtype=dtype)
     if header.mode in (Mode.RAW, Mode.FLOAT16, Mode.BFLOAT16):
         sent = {Mode.RAW: dtype, Mode.FLOAT16: torch.float16, Mode.BFLOAT16: torch.bfloat16}[header.mode]
-        size = count * torch.empty((), dtype=sent).element_size()
+        size = count * sent.itemsize
         if payload.numel() != -(-size // 4) * 4:
             raise Rejected(Fault.PAYLOAD_SIZE)
         return payload[:size].clone().view(sent).to(dtype)

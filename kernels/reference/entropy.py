@@ -103,7 +103,7 @@ def decode_values(payload: Tensor, count: int, lengths: Tensor, bound: Tensor, d
     data = payload[8 * strips :]
     position, size = _chunks(entries, data, chunks)
 
-    value_bits = 8 * torch.empty((), dtype=dtype).element_size()
+    value_bits = 8 * dtype.itemsize
     symbol_of, length_of = decoding_table(lengths)
     window = _windows(data)
     index = window & (1 << MAX_CODE_LENGTH) - 1

@@ -144,7 +144,7 @@ def unpack(payload: Tensor, count: int, bound: Tensor, dtype: torch.dtype) -> Te
     kind = torch.where(present, kind, 0)
     if bool((kind > MAX_KIND).any()):
         raise Rejected(Fault.GROUP_KIND)
-    value_bytes = torch.empty((), dtype=dtype).element_size()
+    value_bytes = dtype.itemsize
     group_words = group_size(kind, value_bytes)
     if not torch.equal(planes + group_words.sum(1), size):
         raise Rejected(Fault.DIRECTORY)
@@ -155,7 +155,7 @@ def unpack(payload: Tensor, count: int, bound: Tensor, dtype: torch.dtype) -> Te
 
 def _unpack_groups(data: Tensor, kind: Tensor, offset: Tensor, bound: Tensor, dtype: torch.dtype) -> Tensor:
     """Values [G, 32] of groups whose data starts at ``offset``."""
-    value_bytes = torch.empty((), dtype=dtype).element_size()
+    value_bytes = dtype.itemsize
     mixed, raw = kind > KIND_RAW, kind == KIND_RAW
     zero = torch.zeros_like(kind)
     mask = _masked(data, offset, mixed.to(torch.int64), 1)

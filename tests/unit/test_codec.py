@@ -1,5 +1,6 @@
 """The public interface: layouts, bounds, modes, frames, buffers, operators."""
 
+import tracemalloc
 from dataclasses import astuple
 
 import numpy as np
@@ -152,6 +153,53 @@ def test_given_buffers_are_used_and_the_same_bytes_come_out(backend: str) -> Non
     assert again is target and torch.equal(again, decode(fresh, LAYOUT, backend=backend))
 
 
+@pytest.mark.parametrize(
+    ("sizes", "offsets", "sentence"),
+    [
+        (torch.zeros(1).long(), torch.zeros(4).long(), r"4 peers, but there are 1 frames \(out\.sizes\)"),
+        (torch.zeros(4).long(), torch.zeros(4).int(), "out.offsets must be a contiguous int64 tensor"),
+        (torch.zeros(8).long()[::2], torch.zeros(4).long(), "out.sizes must be a contiguous int64 tensor"),
+    ],
+)
+def test_tensors_for_sizes_that_do_not_fit_are_refused(
+    sizes: torch.Tensor, offsets: torch.Tensor, sentence: str
+) -> None:
+    buffer = Frames.empty(LAYOUT, torch.float32).buffer
+    with pytest.raises(ValueError, match=sentence):
+        encode(rows(), LAYOUT, 0.1, out=Frames(buffer, sizes, offsets))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_given_buffers_nothing_in_proportion_to_the_values_is_allocated(mode: str) -> None:
+    layout = Layout.flat([[4096, 4096]] * 4, [64, 64])
+    values = torch.randn(layout.shape, generator=torch.Generator().manual_seed(0))
+    bounds, modes = Bounds.of(0.1, layout.tables), Modes.of(mode, layout.tables)
+    sender, receiver = Codebooks(4, 2), ReceivedCodebooks(4, 2)
+    encode(values, layout, bounds, modes, codebooks=sender)
+    sender.refresh()
+    needed = encode_scratch_bytes(layout, values.dtype, bounds, modes, codebooks=True)
+    scratch = torch.empty(needed, dtype=torch.uint8)
+    back = torch.empty(decode_scratch_bytes(layout, values.dtype), dtype=torch.uint8)
+    frames, target = Frames.empty(layout, values.dtype), torch.empty(layout.shape)
+    status = torch.zeros(1, dtype=torch.int64)
+
+    def both() -> None:
+        encode(values, layout, bounds, modes, frames, scratch, codebooks=sender)
+        decode(frames, layout, target, back, codebooks=receiver, status=status)
+
+    both()
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as seen:
+        tracemalloc.start()
+        both()
+        python_peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+    torch_bytes = sum(max(event.self_cpu_memory_usage, 0) for event in seen.key_averages())
+    assert torch_bytes == 0 and int(status) == 0
+    assert python_peak < values.numel() * 4 / 20, "8 MiB of values were copied"
+
+
 def test_frames_received_in_another_buffer_decode_the_same() -> None:
     frames = encode(rows(), LAYOUT, 0.02)
     used = int(frames.sizes.sum())
@@ -244,6 +292,16 @@ def test_what_does_not_fit_is_refused_in_a_sentence(arguments: dict, sentence: s
     ("arguments", "sentence"),
     [
         ({"out": torch.zeros(3)}, "out has shape"),
+        (
+            {"frames": Frames(torch.zeros(64).byte(), torch.zeros(4), torch.zeros(4).long())},
+            "frames.sizes must be",
+        ),
+        ({"frames": Frames(torch.zeros(4).byte(), torch.zeros(4).long(), torch.zeros(3).long())}, "3 frames"),
+        (
+            {"frames": Frames(torch.zeros(1).byte().expand(64), *(torch.zeros(2, 4).long()))},
+            "frames.buffer must",
+        ),
+        ({"frames": Frames(torch.zeros(64), *(torch.zeros(2, 4).long()))}, "frames.buffer must"),
         ({"status": torch.zeros(1)}, "status must be an int64 tensor of one element"),
         ({"status": torch.zeros(0, dtype=torch.int64)}, "status must be an int64 tensor of one element"),
         ({"dtype": torch.int32}, "out is torch.int32"),

@@ -238,6 +238,39 @@ def test_importing_the_codec_starts_neither_cuda_nor_a_compiler() -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_codebooks_are_told_apart_over_many_refreshes(backend: str) -> None:
+    """Each refresh has an id of its own, also where ids start again after 2^31 - 1."""
+    layout = Layout.flat([[3000]], [4])
+    sender, receiver = Codebooks(1, 1), ReceivedCodebooks(1, 1)
+    ids = []
+    for step in range(7):
+        scale = (0.3, 0.45)[step % 2]
+        values = torch.randn(12000, generator=torch.Generator().manual_seed(step)) * scale
+        frames = encode(values, layout, 0.05, "entropy", codebooks=sender, backend=backend)
+        again = decode(frames, layout, codebooks=receiver, backend=backend)
+        check_bound(values, again, single(0.05))
+        assert int(receiver.ids[0]) == int(sender.ids[0]), "the book was not used: nothing is tested"
+        sender.refresh()
+        ids.append(int(sender.ids[0]))
+        if step == 2:
+            sender.ids.fill_(2**31 - 3)
+    assert ids == [1, 2, 3, 2**31 - 2, 2**31 - 1, 1, 2]
+
+
+def test_rows_whose_hashes_are_equal_are_still_told_apart() -> None:
+    """Half a million distinct rows hold some thirty pairs that agree in any 32-bit hash."""
+    count = 500_000
+    numbers = torch.randperm(2**22, generator=torch.Generator().manual_seed(0))[: 2 * count]
+    values = (numbers.float() - 2**21) * 0.5
+    layout = Layout.flat([[count]], [2])
+    for mode in ("dedup", "auto"):
+        frames = encode(values, layout, 0.2, mode)
+        check_bound(values, decode(frames, layout), single(0.2))
+    header = encode(values.view(-1), layout, 0.2, "dedup").frame(0)[24:48]
+    assert int(header[0]) in (0, 4)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_auto_sends_a_codebook_that_pays_later(backend: str) -> None:
     """A block that is smallest in 16 bits only because its codebook is due must not stay so for ever."""
     values = torch.randn(128, generator=torch.Generator().manual_seed(0)) * 0.05
