@@ -20,7 +20,7 @@ DAWDLING = """
 import sys, time
 from tightrec.trainer.data.prepare import __main__, criteo
 criteo.SPILL_PIECES = 4
-{where} = (lambda real: lambda *a, **k: (time.sleep(0.05), real(*a, **k))[1])({where})
+{where} = (lambda real: lambda *a, **k: (time.sleep(0.2), real(*a, **k))[1])({where})
 sys.exit(__main__.main(sys.argv[1:]))
 """
 """A run slow enough to be stopped at a chosen place."""
