@@ -46,7 +46,11 @@ def run(words: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
 def stopped(where: str, words: list[str], when: Callable[[], bool], sign: signal.Signals) -> tuple[int, str]:
     """Exit code and words of a run that gets ``sign`` when ``when`` comes true."""
     child = subprocess.Popen(
-        [sys.executable, "-c", DAWDLING.format(where=where), *words], stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", DAWDLING.format(where=where), *words],
+        stderr=subprocess.PIPE,
+        text=True,
+        # Tests that run in the background of a shell have SIGINT ignored, which children inherit.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     deadline = time.monotonic() + 100
     while not when():
