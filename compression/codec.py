@@ -24,7 +24,7 @@ from tightrec.compression.bounds import BoundLike, Bounds
 from tightrec.compression.codebooks import Codebooks, ReceivedCodebooks
 from tightrec.compression.frames import Frames, max_frame_bytes, raise_for_status
 from tightrec.compression.layout import Layout
-from tightrec.kernels import ops
+from tightrec.kernels import ops as _registered  # noqa: F401 - defines torch.ops.tightrec
 from tightrec.kernels.backends import backend as find_backend
 from tightrec.kernels.format import DTYPES, Request
 from tightrec.kernels.job import Stages
@@ -143,7 +143,7 @@ def encode(
         values,
         layout.on(device),
         list(astuple(layout.totals)),
-        ops.stage_bits(stages),
+        stages.bits,
         bound,
         kind,
         modes.on(device),

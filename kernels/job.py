@@ -4,7 +4,7 @@ Shapes: P peers, T tables, B = P*T blocks, block b belongs to peer b // T and ta
 job lie on one device; nothing in a job is read back to the host.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -37,6 +37,11 @@ class Stages:
     """Some request is DEDUP, ENTROPY or AUTO."""
     entropy: bool
     """Some request is ENTROPY or AUTO, and there are codebooks or a histogram."""
+
+    @property
+    def bits(self) -> int:
+        """The fields as bits of a number, the first lowest: how operators and kernels take them."""
+        return sum(bit << place for place, bit in enumerate(astuple(self)))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,7 @@ bit for each field of ``job.Stages``, ``backend`` is a name of ``backends.NAMES`
 Arguments are taken as they are: ``tightrec.compression.codec`` checks them; who calls directly must do so.
 """
 
-from dataclasses import astuple, fields
+from dataclasses import fields
 
 import torch
 from torch import Tensor
@@ -41,11 +41,6 @@ _LIBRARY.define(
     "decode(Tensor buffer, Tensor offsets, Tensor sizes, Tensor blocks, int[] totals, SymInt[] shape, "
     "ScalarType dtype, str backend='') -> (Tensor, Tensor)"
 )
-
-
-def stage_bits(stages: Stages) -> int:
-    """``Stages`` as the operators take them."""
-    return sum(bit << place for place, bit in enumerate(astuple(stages)))
 
 
 def _stages(bits: int) -> Stages:

@@ -61,8 +61,7 @@ def encode(job: EncodeJob, executor: Executor) -> None:
 
 def _arguments(job: EncodeJob) -> list[Argument]:
     """The one parameter list of all encode kernels: ENCODE_PARAMETERS in encode_common.cuh."""
-    totals, stages = job.totals, job.stages
-    flags = (stages.relative, stages.half, stages.packed, stages.dedup, stages.entropy)
+    totals = job.totals
     return [
         job.values,
         job.blocks,
@@ -82,7 +81,7 @@ def _arguments(job: EncodeJob) -> list[Argument]:
         totals.tiles,
         totals.strips,
         totals.rows,
-        sum(flag << bit for bit, flag in enumerate(flags)),
+        job.stages.bits,
         DTYPES.index(job.values.dtype),
     ]
 
