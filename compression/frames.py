@@ -121,12 +121,9 @@ def frame_bytes_limits(layout: Layout, dtype: torch.dtype) -> list[int]:
 
 
 def _limits(layout: Layout, value_bytes: int) -> list[int]:
-    limits = []
-    for blocks in layout.blocks:
-        size = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * len(blocks)
-        size += sum(-(-block.rows * block.dim * value_bytes // 4) * 4 for block in blocks)
-        limits.append(-(-size // FRAME_ALIGNMENT) * FRAME_ALIGNMENT)
-    return limits
+    words = -(-layout.cells[:, :, 1] * layout.cells[:, :, 3] * value_bytes // 4)
+    sizes = FRAME_HEADER_BYTES + BLOCK_HEADER_BYTES * layout.totals.tables + 4 * words.sum(axis=1)
+    return (-(-sizes // FRAME_ALIGNMENT) * FRAME_ALIGNMENT).tolist()
 
 
 def max_frame_bytes(layout: Layout, dtype: torch.dtype) -> int:

@@ -115,7 +115,13 @@ class DLRM(nn.Module):
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
-        embedded = self.sparse_arch(sparse)
+        return self._logits(dense, self.sparse_arch(sparse))
+
+    def from_pooled(self, dense: Tensor, pooled: KeyedTensor) -> Tensor:
+        """The logits [B] that follow from pooled embeddings, for those who have looked them up already."""
+        return self._logits(dense, self.sparse_arch.pooled(pooled))
+
+    def _logits(self, dense: Tensor, embedded: list[Tensor]) -> Tensor:
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
             logits = self.over_arch(self.inter_arch(self.dense_arch(dense), embedded))
         return logits.float().squeeze(-1)

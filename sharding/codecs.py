@@ -22,12 +22,12 @@ _COMM_TYPES: dict[CodecName, CommType] = {
     "fp8": CommType.FP8,
     "mx4": CommType.MX4,
 }
-_INT8_GROUP = 32
-_MX4_GROUP = 32
+INT8_GROUP = 32
+MX4_GROUP = 32
 
 
 def bytes_per_value(codec: CodecName, dim: int) -> float:
-    """Wire bytes per float of a row of ``dim`` values, scales included.
+    """Wire bytes per float of a row of ``dim`` values, scales included; of frames the most, which is plain.
 
     int8 carries 8 B a group of 32 values, fp8 8 B a row, mx4 one shared exponent a group of 32 (fbgemm's
     layouts). mx4 pads a rank's columns to whole groups, which is not counted.
@@ -36,14 +36,16 @@ def bytes_per_value(codec: CodecName, dim: int) -> float:
         "none": 4.0,
         "fp16": 2.0,
         "bf16": 2.0,
-        "int8": (_INT8_GROUP + 8) / _INT8_GROUP,
+        "int8": (INT8_GROUP + 8) / INT8_GROUP,
         "fp8": ((dim + 3) // 4 * 4 + 8) / dim,
-        "mx4": 0.5 + 1 / _MX4_GROUP,
+        "mx4": 0.5 + 1 / MX4_GROUP,
+        "lossy": 4.0,
+        "auto": 4.0,
     }[codec]
 
 
 def refusal(codec: CodecName, direction: str, sharding_type: str, device_type: str) -> str | None:
-    """Why torchrec cannot run ``codec`` in ``direction`` for this type of sharding; None if it can.
+    """Why torchrec's own collectives cannot run ``codec`` for this type of sharding; None if they can.
 
     Checked by running every combination on two gloo ranks (tests/multiprocess/test_codecs.py); the CUDA
     answers are read from torchrec's and fbgemm's source.
@@ -74,6 +76,9 @@ def require_runnable(codec: CodecConfig, plan: Sequence[Held], batch_size: int, 
     Raises:
         ValueError: naming codec, direction, table and sharding type, and what to use instead.
     """
+    if codec.dedup or codec.framed:
+        _require_own(codec, device)
+        return
     for direction in ("forward", "backward"):
         name: CodecName = getattr(codec, direction)
         for held in plan:
@@ -88,6 +93,21 @@ def require_runnable(codec: CodecConfig, plan: Sequence[Held], batch_size: int, 
             _require_whole_groups(direction, plan, batch_size)
 
 
+def _require_own(codec: CodecConfig, device: torch.device) -> None:
+    """What the project's own exchange cannot run; it takes every type of sharding."""
+    for direction in ("forward", "backward"):
+        if getattr(codec, direction) == "fp8" and device.type == "cpu":
+            raise ValueError(
+                f"codec.{direction}=fp8 cannot run on cpu: fbgemm has no fp8 quantiser on CPU. Use "
+                f"codec.{direction}=int8, which has about the same size."
+            )
+    if codec.checksums and device.type != "cpu":
+        raise ValueError(
+            f"codec.checksums=true works on CPU ranks, not on {device.type}: it would copy every frame to the "
+            "host. Leave it out; NVLink and InfiniBand check what they carry."
+        )
+
+
 def _require_whole_groups(direction: str, plan: Sequence[Held], batch_size: int) -> None:
     """torchrec asserts that what int8 sends from one rank to another is whole groups of 32 values."""
     columns: Counter[tuple[str, int]] = Counter()
@@ -95,11 +115,11 @@ def _require_whole_groups(direction: str, plan: Sequence[Held], batch_size: int)
         if held.sharding_type != "data_parallel":
             columns[held.sharding_type, held.rank] += held.columns
     for (kind, rank), width in columns.items():
-        if batch_size * width % _INT8_GROUP:
+        if batch_size * width % INT8_GROUP:
             raise ValueError(
-                f"codec.{direction}=int8 quantises groups of {_INT8_GROUP} values, but the {kind} tables of "
+                f"codec.{direction}=int8 quantises groups of {INT8_GROUP} values, but the {kind} tables of "
                 f"rank {rank} send {batch_size} rows of {width} columns, which do not fill whole groups. "
-                f"Make data.loader.batch_size a multiple of {_INT8_GROUP}."
+                f"Make data.loader.batch_size a multiple of {INT8_GROUP}."
             )
 
 
@@ -111,15 +131,27 @@ def codec_registry(codec: CodecConfig, dim: int) -> dict[str, QuantizedCommCodec
     """
     if codec.forward == codec.backward == "none":
         return None
-    groups: dict[str, int] = {}
-    if "fp8" in (codec.forward, codec.backward):
-        groups |= {"fp8_quantize_dim": dim, "fp8_quantize_dim_bwd": dim}
-    if "mx4" in (codec.forward, codec.backward):
-        groups |= {"mx4_quantize_dim": _MX4_GROUP, "mx4_quantize_dim_bwd": _MX4_GROUP}
-    config = QCommsConfig(
-        forward_precision=_COMM_TYPES[codec.forward], backward_precision=_COMM_TYPES[codec.backward], **groups
-    )
     return {
-        op.name: get_qcomm_codecs(config)
+        op.name: quantisers(codec.forward, codec.backward, dim)
         for op in (CommOp.POOLED_EMBEDDINGS_ALL_TO_ALL, CommOp.POOLED_EMBEDDINGS_REDUCE_SCATTER)
     }
+
+
+def quantisers(forward: CodecName, backward: CodecName, dim: int) -> QuantizedCommCodecs:
+    """torchrec's quantisers of both directions, new objects at each call.
+
+    Args:
+        forward: format of the pooled embeddings.
+        backward: format of their gradients.
+        dim: values over which fp8 shares a scale.
+    """
+    groups: dict[str, int] = {}
+    if "fp8" in (forward, backward):
+        groups |= {"fp8_quantize_dim": dim, "fp8_quantize_dim_bwd": dim}
+    if "mx4" in (forward, backward):
+        groups |= {"mx4_quantize_dim": MX4_GROUP, "mx4_quantize_dim_bwd": MX4_GROUP}
+    return get_qcomm_codecs(
+        QCommsConfig(
+            forward_precision=_COMM_TYPES[forward], backward_precision=_COMM_TYPES[backward], **groups
+        )
+    )

@@ -5,14 +5,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
 from tightrec.models.dlrm import DLRM, build_tables
-from tightrec.sharding.codecs import codec_registry, require_runnable
+from tightrec.sharding.codecs import require_runnable
+from tightrec.sharding.config import CodecConfig
 from tightrec.sharding.plan import Cluster, PlanRow, held_columns, make_plan, plan_rows
+from tightrec.sharding.sharded import CompressedShardedEmbeddingBagCollection
+from tightrec.sharding.sharder import CompressedEmbeddingBagCollectionSharder
+from tightrec.sharding.steering import Steering
 from tightrec.trainer.config import DataConfig, JobConfig
 from tightrec.trainer.data.parquet import ParquetSource
 from tightrec.trainer.data.schema import Schema, load_schema
@@ -34,6 +37,10 @@ class Built:
     optimizer: CombinedOptimizer
     learning_rate: LearningRate
     plan: list[PlanRow]
+    plain_plan: list[PlanRow]
+    """The same, with the bytes that plain float32 would send."""
+    steering: Steering | None
+    """Of the exchange, where it is the project's own."""
 
 
 def derived_seed(seed: int, rank: int, purpose: str) -> int:
@@ -73,9 +80,8 @@ def build_task(config: JobConfig, ranks: Ranks, schema: Schema) -> Built:
     configs = tables.embedding_bag_configs()
     batch_size, dim = config.data.loader.batch_size, config.model.embedding_dim
     cluster = Cluster(world=ranks.world, local_world=ranks.local_world, device=ranks.device)
-    sharder = EmbeddingBagCollectionSharder(
-        fused_params=fused_parameters(config.optimizer.tables, ranks.device),
-        qcomm_codecs_registry=codec_registry(config.codec, dim),
+    sharder = CompressedEmbeddingBagCollectionSharder(
+        config.codec, fused_params=fused_parameters(config.optimizer.tables, ranks.device)
     )
     plan = make_plan(tables, sharder, config.sharding, cluster, batch_size)
     if ranks.world > 1:
@@ -87,18 +93,21 @@ def build_task(config: JobConfig, ranks: Ranks, schema: Schema) -> Built:
         sharded = _shard(task, plan, sharder, ranks)
     optimizer = build_optimizer(sharded, config.optimizer.dense)
     state_floats = config.optimizer.tables.floats_per_value(dim)
+    found = [m for m in sharded.modules() if isinstance(m, CompressedShardedEmbeddingBagCollection)]
     return Built(
         task=sharded,
         optimizer=optimizer,
         learning_rate=LearningRate(optimizer, config.optimizer, config.schedule),
         plan=plan_rows(plan, configs, cluster, config.codec, batch_size, state_floats),
+        plain_plan=plan_rows(plan, configs, cluster, CodecConfig(), batch_size, state_floats),
+        steering=found[0].steering if found else None,
     )
 
 
 def _shard(
     task: ClickTask,
     plan: EmbeddingModuleShardingPlan,
-    sharder: EmbeddingBagCollectionSharder,
+    sharder: CompressedEmbeddingBagCollectionSharder,
     ranks: Ranks,
 ) -> DistributedModelParallel:
     return DistributedModelParallel(

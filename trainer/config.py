@@ -196,6 +196,7 @@ def load(overrides: Sequence[str]) -> tuple[JobConfig, dict[str, Any]]:
     defaults = OmegaConf.create(dataclasses.asdict(JobConfig()))
     # Its keys are the names of tables, which nobody knows yet.
     OmegaConf.set_struct(defaults.sharding.tables, False)
+    OmegaConf.set_struct(defaults.codec.bound.tables, False)
     ConfigStore.instance().store(name=DEFAULTS, node=defaults)
     try:
         with initialize_config_module(config_module=CONF_MODULE, version_base="1.3"):

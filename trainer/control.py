@@ -144,6 +144,9 @@ def fingerprint(batch: Batch) -> str:
         "lengths": batch.sparse.lengths(),
         "labels": batch.labels,
     }
+    inverse = batch.sparse.inverse_indices_or_none()
+    if inverse is not None:
+        parts["inverse"] = inverse[1]
     words = [
         f"{name} {zlib.crc32(part.detach().cpu().contiguous().numpy().tobytes()):08x}"
         for name, part in parts.items()

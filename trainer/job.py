@@ -26,6 +26,7 @@ from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.source import Source
 from tightrec.trainer.data.synthetic import SyntheticSource
+from tightrec.trainer.exchange_watch import ExchangeWatch
 from tightrec.trainer.loop import Outcome, Progress, Trainer
 from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import build_pipeline
@@ -87,6 +88,8 @@ def _train(
     loaders = {split: _loader(config, source, split, ranks) for split, source in sources.items()}
     checkpointer = Checkpointer(folder / CHECKPOINTS, config.train.checkpoint)
     progress = Progress(step=0, position=loaders["train"].start(0))
+    batch_size = config.data.loader.batch_size
+    exchange = ExchangeWatch(built.steering, built.task, built.plain_plan, batch_size, ranks, log)
     if checkpoint is not None:
         extra = checkpointer.load(checkpoint, {"model": built.task, "optimizer": built.optimizer})
         progress = Progress(
@@ -94,6 +97,7 @@ def _train(
             position=Position.from_dict(extra["position"]),
             evaluation_due=extra["evaluation_due"],
         )
+        exchange.restore(extra.get("exchange"))
         log.say(f"resumed after step {progress.step} from {checkpoint}")
     agreement = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
     trace = StepTrace(folder, ranks.rank, config.debug.trace_step)
@@ -112,6 +116,7 @@ def _train(
             control=Control(agreement, config.train.agree_every, request),
             checkpointer=checkpointer,
             traffic=traffic,
+            exchange=exchange,
             profiler=StepProfiler(config.logging.split_every, ranks.device),
             trace=trace,
             log=log,
@@ -132,7 +137,14 @@ def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Load
         seed=config.seed,
         shuffle=config.data.loader.shuffle and split == "train",
     )
-    return Loader(source, settings, ranks.rank, ranks.world, pin_memory=ranks.device.type == "cuda")
+    return Loader(
+        source,
+        settings,
+        ranks.rank,
+        ranks.world,
+        pin_memory=ranks.device.type == "cuda",
+        dedup=config.codec.dedup,
+    )
 
 
 def _folders(config: JobConfig, ranks: Ranks) -> tuple[Path, Path | None]:

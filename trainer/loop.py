@@ -18,6 +18,7 @@ from tightrec.trainer.control import Control, NotANumber
 from tightrec.trainer.data.batch import Batch
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
+from tightrec.trainer.exchange_watch import ExchangeWatch
 from tightrec.trainer.metrics import Evaluation, Scores, TrainWindow
 from tightrec.trainer.optimizer import LearningRate
 from tightrec.trainer.pipeline import Drained, Pipeline
@@ -84,6 +85,7 @@ class Trainer:
     control: Control
     checkpointer: Checkpointer
     traffic: Traffic
+    exchange: ExchangeWatch
     profiler: StepProfiler
     trace: StepTrace
     log: RunLog
@@ -146,10 +148,12 @@ class Trainer:
         began, logged = time.perf_counter(), 0
         for ran in range(1, length + 1):
             self.learning_rate.set(step)
+            self.exchange.begin(step)
             traced = self.trace.covers(step + 1)
             with self.trace.step(step + 1) if traced else self.profiler.step(step):
                 predictions = self.pipeline.progress(batches)
             step += 1
+            self.exchange.end(step, predictions.batch)
             window.update(predictions.logits, predictions.batch.labels, predictions.batch.weights)
             self.control.watch(step, predictions.loss, predictions.batch)
             stop = self.control.point(step, now=ran == length)
@@ -176,6 +180,7 @@ class Trainer:
         outcome.rows += scores.rows
         outcome.seconds += seconds
         outcome.steps += steps
+        self.exchange.log(step, {purpose: count / steps for purpose, count in sent_all.items()})
         self.log.train(
             step=step,
             rows=scores.rows,
@@ -237,6 +242,7 @@ class Trainer:
             "step": progress.step,
             "position": progress.position.to_dict(),
             "evaluation_due": progress.evaluation_due,
+            "exchange": self.exchange.state(),
         }
         self.checkpointer.save(progress.step, self.state(), extra, wait=wait)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from tightrec.sharding.dedup import dedup_bags
 from tightrec.trainer.data.schema import Schema
 from tightrec.trainer.data.source import Bags, Columns
 
@@ -26,7 +27,11 @@ class Batch(Pipelineable):
     """float32 [B, D]; D may be 0."""
 
     sparse: KeyedJaggedTensor
-    """Keys in the schema's order, stride B, ids int64, lengths int32, no weights."""
+    """Keys in the schema's order, ``stride()`` B, ids int64, lengths int32, no weights.
+
+    Either B bags a feature, or each feature's distinct bags with inverse indices int64 [F, B]
+    (:func:`tightrec.sharding.dedup.dedup_bags`).
+    """
 
     labels: Tensor
     """float32 [B], 0 or 1."""
@@ -56,10 +61,18 @@ class Batch(Pipelineable):
         """Keep the memory of every part until ``stream`` has passed this point."""
         for part in (self.dense, self.sparse, self.labels, self.weights):
             part.record_stream(stream)
+        # torchrec's record_stream passes over the inverse indices.
+        inverse = self.sparse.inverse_indices_or_none()
+        if inverse is not None:
+            inverse[1].record_stream(stream)
 
 
-def to_batch(columns: Columns, schema: Schema, batch_size: int) -> Batch:
-    """A batch of the given ``columns`` (at most ``batch_size`` rows), padded up to ``batch_size``."""
+def to_batch(columns: Columns, schema: Schema, batch_size: int, *, dedup: bool = False) -> Batch:
+    """A batch of the given ``columns`` (at most ``batch_size`` rows), padded up to ``batch_size``.
+
+    Args:
+        dedup: keep each feature's distinct bags only, with inverse indices.
+    """
     rows = len(columns)
     assert rows <= batch_size, f"{rows} rows do not fit a batch of {batch_size}"
     lengths = np.zeros((len(columns.sparse), batch_size), np.int32)
@@ -68,27 +81,32 @@ def to_batch(columns: Columns, schema: Schema, batch_size: int) -> Batch:
     ids = np.concatenate([np.empty(0, np.int64), *(bags.ids for bags in columns.sparse)])
     weights = np.zeros(batch_size, np.float32)
     weights[:rows] = 1.0
+    sparse = KeyedJaggedTensor(
+        keys=schema.sparse_names,
+        values=torch.from_numpy(ids),
+        lengths=torch.from_numpy(lengths.reshape(-1)),
+        stride=batch_size,
+    )
     return Batch(
         dense=torch.from_numpy(_padded(columns.dense, batch_size)),
-        sparse=KeyedJaggedTensor(
-            keys=schema.sparse_names,
-            values=torch.from_numpy(ids),
-            lengths=torch.from_numpy(lengths.reshape(-1)),
-            stride=batch_size,
-        ),
+        sparse=dedup_bags(sparse) if dedup else sparse,
         labels=torch.from_numpy(_padded(columns.labels, batch_size)),
         weights=torch.from_numpy(weights),
     )
 
 
-def padding_batch(schema: Schema, batch_size: int) -> Batch:
-    """A batch without a row of data: for a rank that takes part in a step but has nothing left."""
+def padding_batch(schema: Schema, batch_size: int, *, dedup: bool = False) -> Batch:
+    """A batch without a row of data: for a rank that takes part in a step but has nothing left.
+
+    Args:
+        dedup: as in :func:`to_batch`, so that every batch of a job has the same form.
+    """
     nothing = Columns(
         dense=np.empty((0, len(schema.dense)), np.float32),
         labels=np.empty(0, np.float32),
         sparse=tuple(Bags(np.empty(0, np.int64)) for _ in schema.sparse),
     )
-    return to_batch(nothing, schema, batch_size)
+    return to_batch(nothing, schema, batch_size, dedup=dedup)
 
 
 def _padded(values: np.ndarray, rows: int) -> np.ndarray:

@@ -60,16 +60,28 @@ class Loader:
     A position that was saved with another number of ranks, workers or rows per batch is good too: the rows
     that were left then are dealt out anew, none twice and none lost. With the same numbers the very same
     batches follow.
+
+    Args:
+        dedup: batches hold each feature's distinct bags only, padding batches too. It is done where batches
+            are made, in the worker processes or the thread; positions do not depend on it.
     """
 
     def __init__(
-        self, source: Source, config: LoaderConfig, rank: int, world: int, pin_memory: bool = False
+        self,
+        source: Source,
+        config: LoaderConfig,
+        rank: int,
+        world: int,
+        pin_memory: bool = False,
+        *,
+        dedup: bool = False,
     ) -> None:
         assert 0 <= rank < world, f"rank {rank} of {world}"
         self._source = source
         self._config = config
         self._rank = rank
         self._pin_memory = pin_memory
+        self._dedup = dedup
         self._topology = Topology(world=world, workers=max(1, config.workers), batch_size=config.batch_size)
         self._order = Order(
             seed=config.seed if config.shuffle else 0,
@@ -127,7 +139,7 @@ class Loader:
             with closing(made):
                 yield from islice(made, real)
         for _ in range(padding):
-            batch = padding_batch(self._source.schema, self._config.batch_size)
+            batch = padding_batch(self._source.schema, self._config.batch_size, dedup=self._dedup)
             yield batch.pin_memory() if self._pin_memory else batch
 
     def _position(self, epoch: int, segments: tuple[Segment, ...] | None) -> Position:
@@ -170,6 +182,7 @@ class Loader:
                 epoch=position.epoch,
                 segments=rest[self._rank, (first + turn) % workers],
                 batch_size=self._config.batch_size,
+                dedup=self._dedup,
             )
             for turn in range(workers)
         ]

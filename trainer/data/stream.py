@@ -27,6 +27,9 @@ class Stream:
     batch_size: int
     """Rows per batch; only the last batch may be short, and is padded."""
 
+    dedup: bool = False
+    """Whether batches hold each feature's distinct bags only."""
+
     def __iter__(self) -> Iterator[Batch]:
         parts: list[Columns] = []
         missing = self.batch_size
@@ -40,7 +43,7 @@ class Stream:
             yield self._batch(parts)
 
     def _batch(self, parts: list[Columns]) -> Batch:
-        return to_batch(Columns.concat(parts), self.source.schema, self.batch_size)
+        return to_batch(Columns.concat(parts), self.source.schema, self.batch_size, dedup=self.dedup)
 
     def _parts(self) -> Iterator[Columns]:
         """All rows, cut where a batch is full and where a chunk ends."""

@@ -6,7 +6,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from tightrec.trainer.report.figures import count, figure, size
+from tightrec.trainer.report.figures import count, figure, size, times
 
 
 def final_table(run: Mapping[str, Any]) -> Table:
@@ -46,4 +46,8 @@ def closing_lines(run: Mapping[str, Any]) -> list[str]:
     if sent:
         amounts = (f"{name} {size(amount)}" for name, amount in sent.items())
         lines.append(f"sent a step, all ranks: {', '.join(amounts)}")
+    compressed = run.get("compression")
+    if compressed:
+        ratios = (f"{direction} {times(total.get('ratio'))}" for direction, total in compressed.items())
+        lines.append(f"fewer bytes than plain float32: {', '.join(ratios)}")
     return lines

@@ -1,14 +1,14 @@
 """What a person sees while a run goes on: one live line in a terminal, plain lines elsewhere."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from tightrec.trainer.report.figures import duration, figure, size
+from tightrec.trainer.report.figures import duration, figure, size, times
 
 
 @dataclass
@@ -39,6 +39,9 @@ class Status:
     rows_per_s: float | None = None
     bytes_per_step: float | None = None
 
+    ratios: dict[str, float] = field(default_factory=dict)
+    """How many times fewer bytes than plain float32 the last records tell, by direction."""
+
     def text(self, seconds_per_step: float | None) -> str:
         """The line, with the time left where the end is known."""
         parts = []
@@ -53,6 +56,9 @@ class Status:
             parts.append(f"{self.rows_per_s:,.0f} rows/s")
         if self.bytes_per_step is not None:
             parts.append(f"{size(self.bytes_per_step)}/step")
+        parts += [
+            f"{direction} {times(ratio)}" for direction, ratio in sorted(self.ratios.items(), reverse=True)
+        ]
         if self.epoch_end and seconds_per_step:
             later = self.epoch_steps * (self.epochs - self.epoch - 1)
             parts.append(f"{duration((self.epoch_end - self.step + later) * seconds_per_step)} left")

@@ -1,6 +1,7 @@
 """Figures as people read them; None and NaN are a dash."""
 
 import math
+from collections.abc import Iterable
 
 from rich.filesize import decimal
 
@@ -12,6 +13,12 @@ def figure(value: float | None, digits: int = 4) -> str:
     return DASH if value is None or math.isnan(value) else f"{value:.{digits}f}"
 
 
+def mean(values: Iterable[float | None]) -> float:
+    """Mean of the known values; NaN where there are none."""
+    known = [value for value in values if value is not None and not math.isnan(value)]
+    return sum(known) / len(known) if known else math.nan
+
+
 def count(value: float | None) -> str:
     """A whole number with thousands separated."""
     return DASH if value is None or math.isnan(value) else f"{value:,.0f}"
@@ -20,6 +27,11 @@ def count(value: float | None) -> str:
 def size(value: float | None) -> str:
     """A number of bytes: 512 bytes, 3.2 kB, 17.0 MB (powers of 1000)."""
     return DASH if value is None or math.isnan(value) else decimal(round(value))
+
+
+def times(value: float | None) -> str:
+    """How many times less: 21.3x."""
+    return DASH if value is None or math.isnan(value) else f"{value:.1f}x"
 
 
 def duration(seconds: float) -> str:

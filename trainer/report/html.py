@@ -1,15 +1,14 @@
 """``report.html``: one self-contained page about a run, from its ``run.json`` and ``metrics.jsonl`` alone."""
 
 import dataclasses
-import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from tightrec.trainer.report.charts import Chart, Series, bar_chart, line_chart
-from tightrec.trainer.report.figures import count, duration, figure, size
+from tightrec.trainer.report.compression import compression
+from tightrec.trainer.report.figures import count, duration, figure, mean, size, times
+from tightrec.trainer.report.page import rendered, write_page
 from tightrec.trainer.report.records import read_records, read_run
 from tightrec.trainer.step_split import PARTS
 
@@ -26,38 +25,30 @@ def write_report(folder: Path) -> Path:
     Raises:
         ValueError: ``folder`` holds no readable ``run.json``.
     """
-    page = render(read_run(folder), read_records(folder), folder.resolve().name)
     path = folder / REPORT_FILE
-    partial = folder / (REPORT_FILE + ".partial")
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(path)
+    write_page(path, render(read_run(folder), read_records(folder), folder.resolve().name))
     return path
 
 
 def render(run: Record, records: Sequence[Record], folder_name: str) -> str:
     """The page about ``run``; whatever a run that ended early has not measured is left out."""
-    environment = Environment(
-        loader=PackageLoader("tightrec.trainer.report", ""),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
     warnings = dict.fromkeys(r["text"] for r in records if r["kind"] == "warning")
-    return environment.get_template(_TEMPLATE).render(
-        title=f"{run.get('name') or 'run'} · {folder_name}",
-        status=run.get("status") or "unknown",
-        reason=run.get("reason"),
-        tiles=_tiles(run),
-        charts=_charts(run, records),
-        scores=_score_rows(run),
-        has_best=bool(run.get("bayes_auc")),
-        plan=_plan_rows(run),
-        plan_total=_plan_total(run),
-        facts=_facts(run),
-        settings=list(flattened(run.get("config") or {})),
-        warnings=list(warnings),
-    )
+    values = {
+        "title": f"{run.get('name') or 'run'} · {folder_name}",
+        "status": run.get("status") or "unknown",
+        "reason": run.get("reason"),
+        "tiles": _tiles(run),
+        "charts": _charts(run, records),
+        "compression": compression(records),
+        "scores": _score_rows(run),
+        "has_best": bool(run.get("bayes_auc")),
+        "plan": _plan_rows(run),
+        "plan_total": _plan_total(run),
+        "facts": _facts(run),
+        "settings": list(flattened(run.get("config") or {})),
+        "warnings": list(warnings),
+    }
+    return rendered(_TEMPLATE, values)
 
 
 def flattened(config: Mapping[str, Any], prefix: str = "") -> Sequence[tuple[str, str]]:
@@ -86,6 +77,8 @@ def _tiles(run: Record) -> list[tuple[str, str]]:
     sent = run.get("bytes_per_step") or {}
     if sent:
         tiles.append(("sent between ranks a step", size(sum(value or 0 for value in sent.values()))))
+    for direction, total in (run.get("compression") or {}).items():
+        tiles.append((f"fewer bytes {direction}", times(total.get("ratio"))))
     if run.get("steps") is not None:
         tiles.append(("steps", count(run["steps"])))
     if run.get("seconds") is not None:
@@ -141,7 +134,7 @@ def _charts(run: Record, records: Sequence[Record]) -> list[Chart]:
     if sampled:
         layers = [
             Series(
-                label=f"{part.replace('_', ' ')} {figure(_mean(r.get(part) for r in sampled), digits=1)} ms",
+                label=f"{part.replace('_', ' ')} {figure(mean(r.get(part) for r in sampled), digits=1)} ms",
                 steps=[r["step"] for r in sampled],
                 values=[r.get(part) for r in sampled],
                 colour=colour,
@@ -150,11 +143,6 @@ def _charts(run: Record, records: Sequence[Record]) -> list[Chart]:
         ]
         charts.append(bar_chart("Where a step's time goes", layers, "ms"))
     return charts
-
-
-def _mean(values: Iterable[float | None]) -> float:
-    known = [value for value in values if value is not None]
-    return sum(known) / len(known) if known else math.nan
 
 
 def _known(series: Series) -> bool:

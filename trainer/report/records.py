@@ -6,6 +6,15 @@
   (all ranks together), since the record before;
 - ``eval``: split, and the fields of :class:`tightrec.trainer.metrics.Scores`;
 - ``split``: the fields of :class:`tightrec.trainer.step_split.TimeSplit` in ms, on rank 0;
+- ``codec``, one a direction of the compressed exchange: direction (``forward`` or ``backward``), encode_ms,
+  exchange_ms, decode_ms (means of the sampled steps on rank 0), plain_bytes and sent_bytes a step (all ranks
+  together; plain is float32 without deduplication), ratio of the two, multiplier (what schedule and feedback
+  scale the bounds by), and tables, by name: rows, distinct (bags a step before and after deduplication),
+  plain_bytes, sent_bytes, ratio, bound (as in ``range:0.03``), error_over_bound (the largest of the sampled
+  steps, null where none was sampled), mode;
+- ``probe``: total_dne, budget (null: none is set), multiplier, and tables, by name: dne, bound;
+- ``choice``, one a direction: link_gb_s, plain (whether the link is too fast to gain), and tables, by name:
+  mode, reason, predicted_ms, measured_ms (null until that mode has run);
 - ``warning``: text.
 
 JSON has no NaN and no infinity: both are written as null.
@@ -74,12 +83,12 @@ def read_run(folder: Path) -> dict[str, Any]:
 def read_records(folder: Path) -> list[dict[str, Any]]:
     """Read ``metrics.jsonl`` as one history; a run that has written none yet has no records.
 
-    A resumed run repeats the steps since its checkpoint: a record replaces those of its kind at its own and
-    later steps. Lines that a kill has torn are left out.
+    A resumed run repeats the steps since its checkpoint: a record replaces those of its kind, split and
+    direction at its own and later steps. Lines that a kill has torn are left out.
     """
     path = folder / METRICS_FILE
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
-    history: dict[tuple[Any, Any], list[dict[str, Any]]] = {}
+    history: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for line in lines:
         try:
             record = json.loads(line)
@@ -87,7 +96,7 @@ def read_records(folder: Path) -> list[dict[str, Any]]:
             continue
         if not isinstance(record, dict) or "kind" not in record:
             continue
-        kept = history.setdefault((record["kind"], record.get("split")), [])
+        kept = history.setdefault((record["kind"], record.get("split"), record.get("direction")), [])
         while record["kind"] != "warning" and kept and kept[-1]["step"] >= record["step"]:
             kept.pop()
         kept.append(record)

@@ -1,6 +1,7 @@
 """Everything a run tells while it lives and leaves behind when it ends; rank 0 alone speaks and writes."""
 
 import dataclasses
+import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,9 @@ from tightrec.trainer.report.provenance import gpu, now, provenance
 from tightrec.trainer.report.records import RUN_FILE, RecordFile, read_run, write_run
 from tightrec.trainer.report.tensorboard import Scalars
 from tightrec.trainer.step_split import TimeSplit, mean
+
+Direction = Literal["forward", "backward"]
+Tables = Mapping[str, Mapping[str, Any]]
 
 _EARLIER = ("command", "started", "ended", "status", "reason", "steps")
 
@@ -48,6 +52,7 @@ class RunLog:
         self._splits: list[TimeSplit] = []
         self._warned: set[str] = set()
         self._run: dict[str, Any] = {}
+        self._compressed: dict[str, dict[str, float]] = {}
 
     def __enter__(self) -> Self:
         if self.first:
@@ -187,6 +192,89 @@ class RunLog:
         self._status.bytes_per_step = input_bytes + forward_bytes + backward_bytes
         self._console.progress(self._status)
 
+    def codec(
+        self,
+        *,
+        step: int,
+        direction: Direction,
+        encode_ms: float | None,
+        exchange_ms: float | None,
+        decode_ms: float | None,
+        plain_bytes: float,
+        sent_bytes: float,
+        multiplier: float,
+        tables: Tables,
+    ) -> None:
+        """Record what compression did to one direction of the exchange since the last call.
+
+        To be called before :meth:`train` of the same step, whose progress line tells the ratios.
+
+        Args:
+            step: steps done.
+            encode_ms: mean of the sampled steps on this rank; None: none was sampled.
+            exchange_ms: likewise.
+            decode_ms: likewise.
+            plain_bytes: what plain float32 would send in one step, all ranks together.
+            sent_bytes: what was sent, sizes and headers counted, likewise.
+            multiplier: what schedule and feedback scale the bounds by.
+            tables: figures by table, see :mod:`tightrec.trainer.report.records`; the ratio is added here.
+        """
+        if not self.first:
+            return
+        total = self._compressed.setdefault(direction, {"windows": 0, "plain_bytes": 0, "sent_bytes": 0})
+        for name, amount in (("windows", 1), ("plain_bytes", plain_bytes), ("sent_bytes", sent_bytes)):
+            total[name] += amount
+        ratio = _ratio(plain_bytes, sent_bytes)
+        self._status.ratios[direction] = ratio
+        record = {
+            "kind": "codec",
+            "step": step,
+            "direction": direction,
+            "encode_ms": encode_ms,
+            "exchange_ms": exchange_ms,
+            "decode_ms": decode_ms,
+            "plain_bytes": plain_bytes,
+            "sent_bytes": sent_bytes,
+            "ratio": ratio,
+            "multiplier": multiplier,
+            "tables": {
+                name: {**table, "ratio": _ratio(table["plain_bytes"], table["sent_bytes"])}
+                for name, table in tables.items()
+            },
+        }
+        self._write(record)
+
+    def probe(
+        self, *, step: int, total_dne: float, budget: float | None, multiplier: float, tables: Tables
+    ) -> None:
+        """Record a probe of what the bounds cost.
+
+        Args:
+            step: steps done.
+            total_dne: by how much the NE rises by all tables' bounds together.
+            budget: by how much it may rise; None: no budget is set.
+            multiplier: what schedule and feedback scale the bounds by.
+            tables: ``dne`` and ``bound`` by table.
+        """
+        if self.first:
+            figures = {"total_dne": total_dne, "budget": budget, "multiplier": multiplier}
+            self._write({"kind": "probe", "step": step, **figures, "tables": dict(tables)})
+
+    def choice(
+        self, *, step: int, direction: Direction, link_gb_s: float | None, plain: bool, tables: Tables
+    ) -> None:
+        """Record how each table is sent from here on, and why.
+
+        Args:
+            step: steps done.
+            link_gb_s: the measured link; None: not measured.
+            plain: whether the link is too fast to gain, so that float32 is sent.
+            tables: ``mode``, ``reason``, ``predicted_ms`` and ``measured_ms`` by table.
+        """
+        if self.first:
+            figures = {"direction": direction, "link_gb_s": link_gb_s, "plain": plain}
+            self._write({"kind": "choice", "step": step, **figures, "tables": dict(tables)})
+
     def evaluation(self, split: str, step: int, scores: Scores) -> None:
         """Record and print the scores of an evaluation on ``split`` after ``step`` steps."""
         if not self.first:
@@ -234,6 +322,14 @@ class RunLog:
             "bayes_auc": dict(bayes_auc),
             "rows_per_s": rows_per_s,
             "bytes_per_step": dict(bytes_per_step),
+            "compression": {
+                direction: {
+                    "plain_bytes": total["plain_bytes"] / total["windows"],
+                    "sent_bytes": total["sent_bytes"] / total["windows"],
+                    "ratio": _ratio(total["plain_bytes"], total["sent_bytes"]),
+                }
+                for direction, total in self._compressed.items()
+            },
             "time_split_ms": dataclasses.asdict(mean(self._splits)) if self._splits else None,
             "checkpoint": checkpoint or None,
         }
@@ -258,3 +354,7 @@ class RunLog:
         except Exception as error:
             # The failure that ended the run is the one to be told.
             self._console.say(f"warning: no report could be written: {error}", style="yellow")
+
+
+def _ratio(plain_bytes: float, sent_bytes: float) -> float:
+    return plain_bytes / sent_bytes if sent_bytes else math.nan

@@ -6,6 +6,9 @@ from typing import Any
 
 _NOT_SCALARS = ("kind", "step", "split", "note", "time_s", "epoch")
 
+_OF_TABLES = ("ratio", "error_over_bound", "dne")
+"""What is drawn of each table; the rest of its figures is in ``metrics.jsonl``."""
+
 
 class Scalars:
     """Writes event files below ``folder``; every record is flushed."""
@@ -17,13 +20,22 @@ class Scalars:
         self._writer = SummaryWriter(str(folder))
 
     def write(self, record: Mapping[str, Any]) -> None:
-        """Add the numbers of a record: ``train/loss``, ``valid/auc``, ``split/lookup`` and so on."""
+        """Add a record's numbers: ``train/loss``, ``valid/auc``, ``codec/forward/ratio`` and so on."""
         group = record["split"] if record["kind"] == "eval" else record["kind"]
+        if "direction" in record:
+            group = f"{group}/{record['direction']}"
         for name, value in record.items():
-            if name not in _NOT_SCALARS and isinstance(value, int | float):
-                self._writer.add_scalar(f"{group}/{name}", value, record["step"])
+            if name not in _NOT_SCALARS:
+                self._add(f"{group}/{name}", value, record["step"])
+        for table, figures in record.get("tables", {}).items():
+            for name in _OF_TABLES:
+                self._add(f"{group}_tables/{table}/{name}", figures.get(name), record["step"])
         self._writer.flush()
 
     def close(self) -> None:
         """Close the event file."""
         self._writer.close()
+
+    def _add(self, name: str, value: Any, step: int) -> None:
+        if isinstance(value, int | float):
+            self._writer.add_scalar(name, value, step)

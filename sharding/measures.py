@@ -1,0 +1,127 @@
+"""What the exchange saw: bytes, rows, modes, errors and times, by direction and table.
+
+Kept twice: for the log, since it last asked, and for the choice of modes, since the step before.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tightrec.compression.policy.config import Direction
+from tightrec.compression.telemetry import FrameTables
+from tightrec.kernels.format import Mode
+
+DIRECTIONS: tuple[Direction, ...] = ("forward", "backward")
+
+
+@dataclass
+class TableMeasures:
+    """One table in one direction, sums over sampled steps of what this rank sent to others in frames."""
+
+    rows: float = 0.0
+    """Rows given to the codec: one for each distinct bag."""
+    distinct: float = 0.0
+    """Of these, rows that were not equal to another after quantisation, or all where nobody looked."""
+    values: float = 0.0
+    sent_bytes: float = 0.0
+    worst: float | None = None
+    """Largest error over its bound that was seen."""
+    modes: Counter[str] = field(default_factory=Counter)
+    """Blocks by mode."""
+
+
+@dataclass
+class DirectionMeasures:
+    """One direction over some training steps."""
+
+    transfers: int = 0
+    """Uses of a wire."""
+    framed: int = 0
+    """Of these, such that sent frames."""
+    steps: int = 0
+    sampled: int = 0
+    """Steps whose frames were looked into."""
+    encode_s: float = 0.0
+    exchange_s: float = 0.0
+    """From the first byte until everything had arrived, as far as the step waited for it."""
+    decode_s: float = 0.0
+    sent_bytes: float = 0.0
+    """To other ranks, sizes included."""
+    tables: dict[str, TableMeasures] = field(default_factory=dict)
+
+
+class Measures:
+    """Collects; cheap enough for every step. Evaluations are left out: ``active`` says which is under way."""
+
+    def __init__(self) -> None:
+        self.active = True
+        self._window = {way: DirectionMeasures() for way in DIRECTIONS}
+        self._step = {way: DirectionMeasures() for way in DIRECTIONS}
+
+    def take(self) -> dict[Direction, DirectionMeasures]:
+        """What was collected since the last call, which starts anew."""
+        taken, self._window = self._window, {way: DirectionMeasures() for way in DIRECTIONS}
+        return taken
+
+    def take_step(self, way: Direction) -> DirectionMeasures | None:
+        """The same of the last step; None where there was none."""
+        taken, self._step[way] = self._step[way], DirectionMeasures()
+        return taken if taken.transfers else None
+
+    def begin_step(self, sampled: bool) -> None:
+        """A training step begins, whose frames are looked into or not."""
+        for way in DIRECTIONS:
+            self._window[way].steps += 1
+            self._window[way].sampled += sampled
+
+    def _books(self, way: Direction) -> list[DirectionMeasures]:
+        return [self._window[way], self._step[way]] if self.active else []
+
+    def add(
+        self,
+        way: Direction,
+        *,
+        encode_s: float = 0.0,
+        exchange_s: float = 0.0,
+        decode_s: float = 0.0,
+        sent_bytes: float = 0.0,
+        transfers: int = 0,
+        framed: int = 0,
+    ) -> None:
+        """Add to the sums of a direction."""
+        for book in self._books(way):
+            book.encode_s += encode_s
+            book.exchange_s += exchange_s
+            book.decode_s += decode_s
+            book.sent_bytes += sent_bytes
+            book.transfers += transfers
+            book.framed += framed
+
+    def frames(
+        self, way: Direction, tables: Sequence[Sequence[str]], found: FrameTables, copies: int
+    ) -> None:
+        """Add what frames hold.
+
+        Args:
+            way: direction of the exchange.
+            tables: [P][T] table of each block.
+            found: of the same blocks.
+            copies: how many peers get each frame.
+        """
+        filled = found.rows > 0
+        share = found.overhead / filled.sum(1).clip(min=1)
+        for peer, place in zip(*(axis.tolist() for axis in filled.nonzero()), strict=True):
+            for book in self._books(way):
+                entry = book.tables.setdefault(tables[peer][place], TableMeasures())
+                entry.rows += int(found.rows[peer, place]) * copies
+                entry.distinct += int(found.distinct[peer, place]) * copies
+                entry.values += int(found.values[peer, place]) * copies
+                entry.sent_bytes += float(found.bytes[peer, place] + share[peer]) * copies
+                entry.modes[Mode(int(found.mode[peer, place])).name.lower()] += copies
+
+    def worst(self, way: Direction, tables: Sequence[str], errors: Sequence[float]) -> None:
+        """Note errors over bounds, one for each table."""
+        for book in self._books(way):
+            for table, error in zip(tables, errors, strict=True):
+                entry = book.tables.setdefault(table, TableMeasures())
+                entry.worst = error if entry.worst is None else max(entry.worst, error)

@@ -1,0 +1,113 @@
+"""Probes: what each table's error bound costs in normalised entropy, measured on one step's own batch.
+
+In a probe's step the forward exchange is lossless. Afterwards each rank quantises single tables of what it
+received, at bounds of the policy's choosing, runs the dense layers again and compares the losses.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch import distributed as dist
+from torchrec.sparse.jagged_tensor import KeyedTensor
+
+from tightrec.compression.bounds import Bound
+from tightrec.compression.policy.policy import BoundPolicy
+from tightrec.sharding.parts import Part
+
+Measure = Callable[[KeyedTensor], tuple[Tensor, Tensor, Tensor]]
+"""Of a pooled output, on this rank: sum of the log losses of its rows, number of rows, number of positives."""
+
+
+class Probe:
+    """The exact pooled output of the last probe's step, until it has been measured.
+
+    Args:
+        policy: says what to measure and takes what was measured.
+        parts: of the module.
+        group: all ranks.
+        device: of the tensors.
+    """
+
+    def __init__(self, policy: BoundPolicy, parts: Sequence[Part], group: Any, device: torch.device) -> None:
+        self._policy, self._group, self._device = policy, group, device
+        self._columns: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+        self._traffic: dict[str, int] = defaultdict(int)
+        for part in parts:
+            for slot in part.received:
+                if part.peers:
+                    self._columns[slot.table].append((slot.name, slot.column, slot.dim))
+                    self._traffic[slot.table] += slot.dim
+        self._kept: tuple[int, KeyedTensor] | None = None
+
+    @property
+    def ready(self) -> bool:
+        """Whether :meth:`run` has something to measure; the same on all ranks."""
+        return self._kept is not None
+
+    def keep(self, step: int, pooled: KeyedTensor) -> None:
+        """Remember an exact pooled output."""
+        values = pooled.values().detach()
+        self._kept = (
+            step,
+            KeyedTensor(pooled.keys(), pooled.length_per_key(), values, key_dim=1),
+        )
+
+    def run(self, measure: Measure) -> dict[str, Any]:
+        """Measure the probe's plan, agree over the ranks and let the policy decide; a collective.
+
+        Returns:
+            the record of kind ``probe`` (:mod:`tightrec.trainer.report.records`).
+        """
+        assert self._kept is not None
+        step, pooled = self._kept
+        self._kept = None
+        policy = self._policy
+        plan = policy.probe_plan()
+        now = {table: policy.bound("forward", table) for table in self._columns}
+        changed = [{table: Bound(value=share, of="range")} for table, share in plan]
+        changed.append({table: bound for table, bound in now.items() if bound is not None})
+        with torch.no_grad():
+            base, rows, positives = measure(pooled)
+            sums = [measure(self._quantised(pooled, bounds))[0] for bounds in changed]
+        numbers = torch.stack([rows, positives, *(total - base for total in sums)]).double()
+        numbers = numbers.to(self._device)
+        dist.all_reduce(numbers, group=self._group)
+        count, ones, *losses = numbers.tolist()
+        entropy = _entropy(ones / count) if count else 0.0
+        dne = [loss / count / entropy if entropy else float("nan") for loss in losses]
+        measured = [(table, share, each) for (table, share), each in zip(plan, dne, strict=False)]
+        policy.observe_probe(step, measured, dne[-1], {t: float(v) for t, v in self._traffic.items()})
+        return policy.report()
+
+    def _quantised(self, pooled: KeyedTensor, bounds: dict[str, Bound]) -> KeyedTensor:
+        """The pooled output with the columns of some tables as they would arrive."""
+        values = pooled.values().clone()
+        starts = dict(zip(pooled.keys(), pooled.offset_per_key(), strict=False))
+        for table, bound in bounds.items():
+            for name, column, dim in self._columns[table]:
+                first = starts[name] + column
+                block = values[:, first : first + dim]
+                block.copy_(_rounded(block, bound))
+        return KeyedTensor(pooled.keys(), pooled.length_per_key(), values, key_dim=1)
+
+
+def _rounded(block: Tensor, bound: Bound) -> Tensor:
+    """Each value at the nearest multiple of twice the bound (docs/FORMAT.md, section 5)."""
+    if not block.numel():
+        return block
+    scale = torch.ones((), device=block.device)
+    if bound.of == "range":
+        scale = block.max() - block.min()
+    elif bound.of == "rms":
+        scale = block.square().mean().sqrt()
+    step = (2 * bound.value * scale).clamp_min(torch.finfo(block.dtype).tiny)
+    return torch.round(block / step) * step
+
+
+def _entropy(share: float) -> float:
+    """Of a coin with this share of heads, in nats."""
+    coin = torch.tensor([share, 1 - share], dtype=torch.float64)
+    return float(torch.special.entr(coin).sum())
