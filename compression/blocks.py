@@ -1,6 +1,6 @@
 """Blocks of float32 values that are copied as they are, beside those that are encoded.
 
-A block is offset, rows, stride and dim in elements of a flat tensor, as in :mod:`tightrec.compression.layout`.
+A block is offset, rows, stride and dim in elements of a flat tensor (:mod:`tightrec.compression.layout`).
 """
 
 import numpy as np

@@ -115,28 +115,27 @@ class DLRM(nn.Module):
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
-        return self._logits(dense, self.sparse_arch(sparse))
+        return self.from_pooled(dense, self.sparse_arch.embedding_bag_collection(sparse))
 
     def from_pooled(self, dense: Tensor, pooled: KeyedTensor) -> Tensor:
-        """The logits [B] that follow from pooled embeddings, for those who have looked them up already."""
-        return self._logits(dense, self.sparse_arch.pooled(pooled))
-
-    def _logits(self, dense: Tensor, embedded: list[Tensor]) -> Tensor:
+        """The logits [B] that follow from pooled embeddings, which may still be on their way."""
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
-            logits = self.over_arch(self.inter_arch(self.dense_arch(dense), embedded))
+            vector = self.dense_arch(dense)
+        # Only now are the embeddings waited for: the bottom MLP overlaps with their exchange, its backward
+        # with that of their gradients.
+        embedded = self.sparse_arch.pooled(pooled)
+        with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
+            logits = self.over_arch(self.inter_arch(vector, embedded))
         return logits.float().squeeze(-1)
 
 
 class _SparseArch(nn.Module):
-    """The tables, under the name that torchrec's DLRM gives them."""
+    """Holds the tables, under the name that torchrec's DLRM gives them; :class:`DLRM` calls them."""
 
     def __init__(self, tables: EmbeddingBagCollection, names: list[str]) -> None:
         super().__init__()
         self.embedding_bag_collection = tables
         self.pooled = _PooledColumns(names)
-
-    def forward(self, sparse: KeyedJaggedTensor) -> list[Tensor]:
-        return self.pooled(self.embedding_bag_collection(sparse))
 
 
 class _PooledColumns(nn.Module):

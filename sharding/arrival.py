@@ -1,4 +1,4 @@
-"""Frames that have arrived: the rest of those too large for their slot, checks, decoding, and what is said of bad ones."""
+"""Frames that have arrived: the rest of those too large for their slot, checks, decoding, and refusals."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,9 +14,10 @@ from tightrec.compression.layout import Layout
 from tightrec.compression.policy.config import Direction
 from tightrec.kernels.format import FRAME_ALIGNMENT, FRAME_HEADER_BYTES, Fault
 from tightrec.sharding.checksums import mismatched
+from tightrec.sharding.obituary import ExchangeError, tell
 from tightrec.sharding.parts import Peers
 from tightrec.sharding.traffic import count
-from tightrec.sharding.transport import Buffers, ExchangeError, lost
+from tightrec.sharding.transport import Buffers, lost
 
 _SIZE_FIELD = 16
 """Byte of a frame's header at which its size stands, as a little-endian word of 8 bytes."""
@@ -62,7 +63,7 @@ class Arrival:
         true = [int(size) for size in heads.cpu().view(torch.int64).flatten().tolist()]
         for place, peer in enumerate(peers.others):
             if true[place] % FRAME_ALIGNMENT or not FRAME_HEADER_BYTES <= true[place] <= self.limits[place]:
-                raise_bad_size(peers, peer, true[place], self.limits[place], self.what)
+                raise_bad_size(peers, peer, true[place], self.limits[place], self.what, self.labels[place])
         self.offsets, self.sizes = starts, true
         try:
             works = [
@@ -88,7 +89,11 @@ class Arrival:
             for work in works:
                 work.wait()
         except RuntimeError as error:
-            raise lost(peers, self.what, error) from error
+            awaited = [
+                peers.ranks[p] for p, size, slot in zip(peers.others, true, slots, strict=True) if size > slot
+            ]
+            what = f"{self.what}, waiting for the rest of frames from rank(s) {awaited},"
+            raise lost(peers, what if awaited else self.what, error) from error
         self.buffer, self.offsets = whole, offsets
         return [whole]
 
@@ -104,7 +109,13 @@ class Arrival:
         starts = self.offsets if self.offsets is not None else _starts(self.sizes)
         if checksums:
             for place in mismatched(self.buffer, starts, self.sizes):
-                raise self._bad(place, None, Fault.CHECKSUM)
+                raise self._bad(
+                    place,
+                    self.labels[place],
+                    f"{sentence(Fault.CHECKSUM)}, or it has none because that rank runs without "
+                    "codec.checksums. Nothing of it is trained on. Look at the memory and network of both "
+                    "machines.",
+                )
         frames = Frames(
             self.buffer,
             torch.tensor(self.sizes, dtype=torch.int64).to(device),
@@ -114,29 +125,52 @@ class Arrival:
         decode(frames, layout, out=target, scratch=scratch, codebooks=books, status=status)
         found = int(status)
         if found:
-            fault = Fault(found & 0xFF)
-            raise self._bad(found >> 40, found >> 8 & 0xFFFFFFFF, fault)
+            place, slot, fault = found >> 40, found >> 8 & 0xFFFFFFFF, Fault(found & 0xFF)
+            raise self._bad(
+                place,
+                self.labels[place][slot : slot + 1],
+                f"{sentence(fault)}. Nothing of it is trained on. Do all ranks run the same release with the "
+                "same settings? Else look at the memory and network of both machines; codec.checksums=true "
+                "tells damage on the way.",
+            )
 
-    def _bad(self, place: int, slot: int | None, fault: Fault) -> BadFrame:
+    def _bad(self, place: int, slots: Sequence[str], why: str) -> BadFrame:
         peer = self.peers.ranks[self.peers.others[place]]
-        where = "" if slot is None else f", table slot {self.labels[place][slot]}"
-        return BadFrame(
-            f"{self.what}: bad frame from rank {peer}{where}: {sentence(fault)}. Nothing of it is trained on. "
-            "Look at that machine's memory and network; codec.checksums=true finds damage on the way."
-        )
+        return _told(f"{self.what}: bad frame from rank {peer}, table slot {_some(slots)}: {why}")
 
 
-def raise_bad_size(peers: Peers, peer: int, size: int, limit: int, what: str) -> None:
+def raise_bad_size(
+    peers: Peers, peer: int, size: int, limit: int, what: str, slots: Sequence[str] = ()
+) -> None:
     """Refuse a frame size that no frame of the expected blocks can have.
+
+    Args:
+        peers: the group.
+        peer: who announces it.
+        size: what it announces.
+        limit: the most that such a frame can take.
+        what: of the message.
+        slots: labels of the expected blocks, for the message.
 
     Raises:
         BadFrame: always.
     """
-    raise BadFrame(
-        f"{what}: rank {peers.ranks[peer]} announces a frame of {size} bytes, but one of these tables has "
-        f"{FRAME_HEADER_BYTES} to {limit} and is a multiple of {FRAME_ALIGNMENT}. Do all ranks run the same release with the same "
-        "settings?"
+    expected = f"the table slots {_some(slots)}" if slots else "these tables"
+    raise _told(
+        f"{what}: rank {peers.ranks[peer]} announces a frame of {size} bytes, but one of {expected} has "
+        f"{FRAME_HEADER_BYTES} to {limit} and is a multiple of {FRAME_ALIGNMENT}. Do all ranks run the same "
+        "release with the same settings?"
     )
+
+
+def _told(words: str) -> BadFrame:
+    """The error, known to the other ranks."""
+    tell(words)
+    return BadFrame(words)
+
+
+def _some(slots: Sequence[str]) -> str:
+    return ", ".join(slots[:3]) + (", ..." if len(slots) > 3 else "")
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:

@@ -103,8 +103,8 @@ def _require_own(codec: CodecConfig, device: torch.device) -> None:
             )
     if codec.checksums and device.type != "cpu":
         raise ValueError(
-            f"codec.checksums=true works on CPU ranks, not on {device.type}: it would copy every frame to the "
-            "host. Leave it out; NVLink and InfiniBand check what they carry."
+            f"codec.checksums=true works on CPU ranks, not on {device.type}: it would copy every frame to "
+            "the host. Leave it out; NVLink and InfiniBand check what they carry."
         )
 
 

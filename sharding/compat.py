@@ -97,7 +97,8 @@ def _part(sharding: Any, name: str) -> Part:
         return Part(sharding_type=name, kind="spread", sources=ranks, source=peers[0].rank, peers=peers)
     raise ValueError(
         f"sharding type {name} ({type(sharding).__name__}) is not one whose exchange is replaced: "
-        "table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard and data_parallel are."
+        "table_wise, column_wise, row_wise, table_row_wise, table_column_wise, grid_shard and data_parallel "
+        "are."
     )
 
 

@@ -1,7 +1,7 @@
 """The exchange of one sharded module: wires for every leg in both directions, and a step through them.
 
-Forward: lookups' outputs -> first legs of all parts, their sizes told in one go -> (two-level parts: second leg)
--> flat distinct rows of this rank's batch. Backward: the same legs the other way round.
+Forward: lookups' outputs -> first legs of all parts, their sizes told in one go -> (two-level parts: second
+leg) -> flat distinct rows of this rank's batch. Backward: the same legs the other way round.
 """
 
 import time
@@ -65,9 +65,10 @@ class Exchange:
         of = self._legs[part][leg]
         codec: CodecName = getattr(self.pilot.config, direction)
         if codec in FRAMED:
-            # Frames to nobody, or of nothing, are left out.
-            idle = of.peers.size == 1 or (not self.parts[part].held and self.parts[part].kind != "spread")
-            codec = "none" if idle or (codec == "auto" and self.pilot.plain[direction]) else "lossy"
+            # Frames to nobody, or inside a machine that holds nothing, are left out.
+            inside = leg == 0 and self.parts[part].kind == "two_level"
+            idle = of.peers.size == 1 or (inside and not self.parts[part].held)
+            codec = "none" if idle or (codec == "auto" and self.pilot.sends_plain(direction)) else "lossy"
         key = (direction, codec)
         if key not in of.wires:
             route = of.routes[direction]
@@ -189,7 +190,14 @@ class ExchangeStep:
             except RuntimeError as error:
                 raise lost(group, what, error) from error
             count(self._direction, 8 * len(parts) * (group.size - 1))
-            self._exchange.pilot.measures.add(self._direction, exchange_s=time.perf_counter() - began)
+            told_s, told_bytes = time.perf_counter() - began, 8 * len(parts) * (group.size - 1)
+            self._exchange.pilot.measures.add(
+                self._direction,
+                exchange_s=told_s,
+                sizes_s=told_s,
+                sent_bytes=told_bytes,
+                received_bytes=told_bytes,
+            )
             columns = theirs.t().tolist()
             told.update({part: columns[place] for place, part in enumerate(parts)})
         return told

@@ -1,8 +1,8 @@
 """Error-bounded frames of variable size, on one direction of one leg.
 
 What a rank sends to itself is copied as it is; every other peer gets one frame. Where all peers get the same
-slots, one call of the codec writes all frames. Gradients of table-wise tables go back to their owners, so each
-peer gets slots of its own: then one call for each, as bounds and modes are by table.
+slots, one call of the codec writes all frames. Gradients of table-wise tables go back to their owners, so
+each peer gets slots of its own: then one call for each, as bounds and modes are by table.
 """
 
 import time
@@ -149,24 +149,26 @@ class _FramedCall:
         if pilot.config.checksums:
             for frames in self._frames:
                 stamp(frames.buffer, frames.offsets.tolist(), frames.sizes.tolist())
-        if pilot.trial is not None:
-            self._try_modes()
+        if pilot.trial is not None or (pilot.sampling_rows and wire.route.direction == "forward"):
+            self._show_rows()
         if pilot.sampled or pilot.shadowed:
             copies = len(wire.route.peers.others) if wire.route.broadcast else 1
             for encoder, layout, frames in zip(wire.encoders, self._layouts, self._frames, strict=True):
                 self._look(encoder, layout, frames, copies)
 
-    def _try_modes(self) -> None:
-        """Offer the first rows of every table to whoever compares modes."""
-        pilot, source = self._wire.pilot, self._source.view(-1)
-        assert pilot.trial is not None
+    def _show_rows(self) -> None:
+        """Show the rows of every table for one peer to those who compare modes or sample rows."""
+        pilot, source, direction = self._wire.pilot, self._source.view(-1), self._wire.route.direction
         for encoder, layout in zip(self._wire.encoders, self._layouts, strict=True):
-            for table, (offset, rows, stride, dim) in zip(
-                encoder.tables, layout.cells[0].tolist(), strict=True
-            ):
-                start = source.storage_offset() + offset
-                block = torch.as_strided(source, (rows, dim), (stride, 1), start)
-                pilot.trial(self._wire.route.direction, table, block)
+            for table, cell in zip(encoder.tables, layout.cells[0].tolist(), strict=True):
+                offset, rows, stride, dim = cell
+                if rows:
+                    start = source.storage_offset() + offset
+                    block = torch.as_strided(source, (rows, dim), (stride, 1), start)
+                    if pilot.trial is not None:
+                        pilot.trial(direction, table, block)
+                    if pilot.sampling_rows and direction == "forward":
+                        pilot.policy.observe_rows(table, block)
 
     def _look(self, encoder: _Encoder, layout: Layout, frames: Frames, copies: int) -> None:
         pilot, direction = self._wire.pilot, self._wire.route.direction
@@ -295,7 +297,8 @@ class _FramedCall:
             route.direction,
             exchange_s=arrived - self._began,
             decode_s=time.perf_counter() - arrived,
-            sent_bytes=sum(self._others_lengths()) + 8 * len(route.peers.others),
+            sent_bytes=sum(self._others_lengths()),
+            received_bytes=sum(self._arrival.sizes),
             transfers=1,
             framed=1,
         )

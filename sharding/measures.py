@@ -45,8 +45,12 @@ class DirectionMeasures:
     exchange_s: float = 0.0
     """From the first byte until everything had arrived, as far as the step waited for it."""
     decode_s: float = 0.0
+    sizes_s: float = 0.0
+    """Of ``exchange_s``, the time in which sizes were told."""
     sent_bytes: float = 0.0
     """To other ranks, sizes included."""
+    received_bytes: float = 0.0
+    """From other ranks."""
     tables: dict[str, TableMeasures] = field(default_factory=dict)
 
 
@@ -84,7 +88,9 @@ class Measures:
         encode_s: float = 0.0,
         exchange_s: float = 0.0,
         decode_s: float = 0.0,
+        sizes_s: float = 0.0,
         sent_bytes: float = 0.0,
+        received_bytes: float = 0.0,
         transfers: int = 0,
         framed: int = 0,
     ) -> None:
@@ -93,6 +99,8 @@ class Measures:
             book.encode_s += encode_s
             book.exchange_s += exchange_s
             book.decode_s += decode_s
+            book.sizes_s += sizes_s
+            book.received_bytes += received_bytes
             book.sent_bytes += sent_bytes
             book.transfers += transfers
             book.framed += framed

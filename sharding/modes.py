@@ -1,4 +1,4 @@
-"""Which mode each table is sent in, and whether a direction is compressed at all: measured, agreed and re-examined."""
+"""Which mode each table is sent in, and whether a direction is compressed at all: measured and agreed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tightrec.compression.codec import Mode
-from tightrec.compression.policy.choice import ModeChooser
+from tightrec.compression.codec import MODES
+from tightrec.compression.policy.choice import ModeChooser, published_choice
 from tightrec.compression.policy.config import Direction
 from tightrec.compression.policy.estimates import ModeTrial
 from tightrec.sharding.config import FRAMED
-from tightrec.sharding.parts import Part
+from tightrec.sharding.measures import DIRECTIONS
 from tightrec.sharding.pilot import Pilot
 
 _FIRST = 20
@@ -21,7 +21,9 @@ _FIRST = 20
 _TRIALS = 4
 """Tables tried at an examination; others keep their last measurements."""
 _SAMPLED_STEPS = 8
-"""Steps before an examination whose sizes are noted by table."""
+"""Steps before an examination whose frames are looked into."""
+_PLAIN_STEPS = (-5, -3)
+"""Of these, steps that ``auto`` sends plain."""
 
 
 class ModeSteering:
@@ -30,28 +32,28 @@ class ModeSteering:
     Args:
         pilot: is told the modes.
         tables: that travel, in an order common to all ranks.
-        parts: of the module.
         group: all ranks, for agreements.
         device: of the exchange.
     """
 
-    def __init__(
-        self, pilot: Pilot, tables: Sequence[str], parts: Sequence[Part], group: Any, device: torch.device
-    ) -> None:
+    def __init__(self, pilot: Pilot, tables: Sequence[str], group: Any, device: torch.device) -> None:
         self._pilot, self._tables, self._group, self._device = pilot, list(tables), group, device
         config = pilot.config
         self._every = config.examine_every
         self._choosers: dict[Direction, ModeChooser] = {}
-        ways: tuple[Direction, ...] = ("forward", "backward")
-        for way in ways:
+        for way in DIRECTIONS:
             codec = getattr(config, way)
             if codec in FRAMED and (config.mode in ("measured", "published") or codec == "auto"):
-                self._choosers[way] = ModeChooser(way, tables)
+                # A mode given by name is the one to measure.
+                initial = config.mode if config.mode in MODES else "auto"
+                self._choosers[way] = ModeChooser(way, tables, initial=initial)
         self._trial = ModeTrial()
         self._due: dict[Direction, set[str]] = {}
+        self._examined = False
+        self._how: dict[Direction, str] = {}
+        self._sizes_s = {way: np.zeros(2) for way in DIRECTIONS}
         self._told: list[str] = []
-        self.reports: list[dict[str, Any]] = []
-        """Records of kind ``choice`` since they were last taken."""
+        self._reports: list[dict[str, Any]] = []
 
     def begin(self, step: int) -> None:
         """A training forward begins: decide, where the last step was an examination; a collective then."""
@@ -60,25 +62,29 @@ class ModeSteering:
         pilot = self._pilot
         for way, chooser in self._choosers.items():
             self._note(way, chooser)
-        if self._due:
+        if self._examined:
             self._decide(step)
         into = step - _FIRST if step < self._every else step % self._every
+        self._examined = into == 0
         pilot.sizes_wanted = -_SAMPLED_STEPS < into <= 0
-        if into == 0:
+        # Frames are about of one size: exchanges of plain rows tell what a byte costs.
+        pilot.plain_now = None if not -_SAMPLED_STEPS < into <= 0 else into in _PLAIN_STEPS
+        if self._examined:
             self._due = {way: set(chooser.trials_due(_TRIALS)) for way, chooser in self._choosers.items()}
-            pilot.plain = dict.fromkeys(pilot.plain, False)
-        pilot.trial = self._try if self._due else None
+        pilot.trial = self._try if self._examined else None
 
     def _note(self, way: Direction, chooser: ModeChooser) -> None:
         """What the step before measured."""
         last = self._pilot.measures.take_step(way)
         if last is None:
             return
+        wire_bytes = max(last.sent_bytes, last.received_bytes)
         if not last.framed:
-            chooser.link_estimate.record(last.sent_bytes, last.exchange_s)
+            chooser.link_estimate.record(wire_bytes, last.exchange_s)
             return
+        self._sizes_s[way] += (last.sizes_s, 1.0)
         chooser.record_step(
-            wire_bytes=last.sent_bytes,
+            wire_bytes=wire_bytes,
             encode_s=last.encode_s,
             exchange_s=last.exchange_s,
             decode_s=last.decode_s,
@@ -98,35 +104,39 @@ class ModeSteering:
             self._choosers[way].record_trial(table, self._trial.run(rows, bound))
 
     def _decide(self, step: int) -> None:
-        self._due = {}
         pilot = self._pilot
         for way, chooser in self._choosers.items():
-            summed = chooser.measurements().to(self._device)
+            measured = chooser.measurements()
+            summed = torch.cat([measured, torch.from_numpy(self._sizes_s[way])]).to(self._device)
             dist.all_reduce(summed, group=self._group)
-            chooser.agree(summed.cpu())
-            whole = [
-                t
-                for t, raw in zip(self._tables, pilot.policy.lossless(way, self._tables), strict=True)
-                if raw
-            ]
-            choices = chooser.choose(lossless=whole)
-            modes: dict[str, Mode] = {table: choice.mode for table, choice in choices.items()}
-            if pilot.config.mode == "published":
-                modes = self._published(chooser)
-            if pilot.config.mode in ("measured", "published"):
-                pilot.modes_by_table[way] = modes
+            self._sizes_s[way][:] = 0.0
+            chooser.agree(summed[:-2].cpu())
+            sizes_s, steps = summed[-2:].tolist()
+            self._choose(way, chooser)
             if getattr(pilot.config, way) == "auto":
-                verdict = chooser.plain_is_faster(pilot.plain_bytes)
-                if verdict.plain != pilot.plain[way] or not self.reports:
-                    self._told.append(
-                        f"step {step}: {way} {'plain' if verdict.plain else 'compressed'}: {verdict.reason}"
-                    )
+                verdict = chooser.plain_is_faster(
+                    chooser.plain_bytes, size_exchange_s=sizes_s / steps if steps else 0.0
+                )
+                how = "plain" if verdict.plain else "compressed"
+                if self._how.get(way) != how:
+                    self._told.append(f"step {step}: {way} {how}: {verdict.reason}")
+                self._how[way] = how
                 pilot.plain[way] = verdict.plain
-            self.reports.append(chooser.report(step))
+            self._reports.append(chooser.report(step))
         pilot.modes_version += 1
 
-    def _published(self, chooser: ModeChooser) -> dict[str, Mode]:
-        raise NotImplementedError
+    def _choose(self, way: Direction, chooser: ModeChooser) -> None:
+        """Set the modes of a direction; the chooser knows which are in use."""
+        pilot = self._pilot
+        if pilot.config.mode == "measured":
+            raw = pilot.policy.lossless(way, self._tables)
+            whole = [table for table, exact in zip(self._tables, raw, strict=True) if exact]
+            choices = chooser.choose(lossless=whole)
+            pilot.modes_by_table[way] = {table: choice.mode for table, choice in choices.items()}
+        elif pilot.config.mode == "published":
+            # Tables that no rank has tried yet stay as they are: the smaller of the two.
+            pilot.modes_by_table[way] = published_choice(chooser.ratios())
+            chooser.modes = [pilot.modes_by_table[way].get(table, "auto") for table in self._tables]
 
     def messages(self) -> list[str]:
         """Decisions since the last call."""
@@ -135,7 +145,7 @@ class ModeSteering:
 
     def take_reports(self) -> list[dict[str, Any]]:
         """Records of kind ``choice`` since the last call."""
-        taken, self.reports = self.reports, []
+        taken, self._reports = self._reports, []
         return taken
 
     def state_dict(self) -> dict[str, Any]:

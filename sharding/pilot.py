@@ -41,6 +41,9 @@ class Pilot:
     sampling_rows: bool = False
     """Whether the policy wants to see the rows that are sent forward."""
 
+    plain_now: bool | None = None
+    """What a step does whatever ``plain`` says, so that ``auto`` sees both; None: as ``plain`` says."""
+
     modes_by_table: dict[Direction, dict[str, Mode]] = field(
         default_factory=lambda: {"forward": {}, "backward": {}}
     )
@@ -76,6 +79,10 @@ class Pilot:
             )
         return found
 
+    def sends_plain(self, direction: Direction) -> bool:
+        """Whether ``auto`` leaves this step's exchange uncompressed."""
+        return self.plain[direction] if self.plain_now is None else self.plain_now
+
     @property
     def what(self) -> str:
         """The step, for messages."""
@@ -84,7 +91,8 @@ class Pilot:
     @property
     def _default(self) -> Mode:
         mode = self.config.mode
-        return "auto" if mode in ("measured", "published") else mode
+        # Until something is measured: the smallest.
+        return "auto" if mode == "measured" or mode == "published" else mode
 
     @property
     def sampled(self) -> bool:

@@ -15,10 +15,11 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tightrec.compression.bounds import Bound
 from tightrec.compression.policy.policy import BoundPolicy
+from tightrec.compression.policy.sensitivity import mirrored, symmetric_dne
 from tightrec.sharding.parts import Part
 
 Measure = Callable[[KeyedTensor], tuple[Tensor, Tensor, Tensor]]
-"""Of a pooled output, on this rank: sum of the log losses of its rows, number of rows, number of positives."""
+"""Of a pooled output, on this rank: sum of its rows' log losses, number of rows, number of positives."""
 
 
 class Probe:
@@ -71,8 +72,8 @@ class Probe:
         changed.append({table: bound for table, bound in now.items() if bound is not None})
         with torch.no_grad():
             base, rows, positives = measure(pooled)
-            sums = [measure(self._quantised(pooled, bounds))[0] for bounds in changed]
-        numbers = torch.stack([rows, positives, *(total - base for total in sums)]).double()
+            rises = [self._rise(measure, pooled, base, bounds) for bounds in changed]
+        numbers = torch.stack([rows, positives, *rises]).double()
         numbers = numbers.to(self._device)
         dist.all_reduce(numbers, group=self._group)
         count, ones, *losses = numbers.tolist()
@@ -81,6 +82,17 @@ class Probe:
         measured = [(table, share, each) for (table, share), each in zip(plan, dne, strict=False)]
         policy.observe_probe(step, measured, dne[-1], {t: float(v) for t, v in self._traffic.items()})
         return policy.report()
+
+    def _rise(self, measure: Measure, exact: KeyedTensor, base: Tensor, bounds: dict[str, Bound]) -> Tensor:
+        """By how much the sum of losses rises with some tables quantised.
+
+        The mean of the errors and of their opposites: the first-order effect of one batch's errors, which
+        averages out over training and hides the rest, cancels.
+        """
+        rounded = self._quantised(exact, bounds)
+        values = mirrored(exact.values(), rounded.values())
+        opposite = KeyedTensor(exact.keys(), exact.length_per_key(), values, key_dim=1)
+        return symmetric_dne(base, measure(rounded)[0], measure(opposite)[0])
 
     def _quantised(self, pooled: KeyedTensor, bounds: dict[str, Bound]) -> KeyedTensor:
         """The pooled output with the columns of some tables as they would arrive."""

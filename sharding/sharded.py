@@ -122,7 +122,7 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
 
     def compute_and_output_dist(self, ctx: ExchangeContext, input: KJTList) -> LazyAwaitable[KeyedTensor]:
         """Look up, and send the pooled rows to the ranks whose batch they belong to."""
-        assert ctx.bags is not None and self._expansion is not None
+        assert ctx.bags is not None
         held = [
             _held_rows(part, features, context)
             for part, features, context in zip(self._parts, input, ctx.sharding_contexts, strict=True)
@@ -193,8 +193,8 @@ class Pooled(LazyGetItemMixin[str, Tensor], LazyAwaitable[KeyedTensor]):
 def padded(features: KeyedJaggedTensor) -> KeyedJaggedTensor:
     """The same bags with empty ones behind each feature's, so that all features have equally many.
 
-    Any lookup operator then does: those for a fixed number of bags know all optimizers and devices. Empty bags
-    cost their length, no lookup; the host knows all counts, so nothing waits for a device.
+    Any lookup operator then does: those for a fixed number of bags know all optimizers and devices. Empty
+    bags cost their length, no lookup; the host knows all counts, so nothing waits for a device.
     """
     if not features.variable_stride_per_key():
         return features

@@ -105,7 +105,8 @@ def _warn_of_unused() -> None:
     for sharder in _watched:
         if not sharder._used:
             warnings.warn(
-                "a CompressedEmbeddingBagCollectionSharder was made but never used, so nothing was compressed: "
-                "of several sharders for one type torchrec takes the last in the list. Put it last, or give it alone.",
+                "a CompressedEmbeddingBagCollectionSharder was made but never used, so nothing was "
+                "compressed: of several sharders for one type torchrec takes the last in the list. Put it "
+                "last, or give it alone.",
                 stacklevel=1,
             )

@@ -47,7 +47,7 @@ class Steering:
         self.policy = BoundPolicy(codec.bound, facts, codec.budget_ne, others)
         self.pilot = Pilot(config=codec, policy=self.policy, measures=Measures())
         self.probe = Probe(self.policy, parts, group, device)
-        self.modes = ModeSteering(self.pilot, [table.name for table in facts], parts, group, device)
+        self.modes = ModeSteering(self.pilot, [table.name for table in facts], group, device)
         self._group, self._device = group, device
         self._counts_itself = True
         self._probing = codec.forward in FRAMED

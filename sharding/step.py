@@ -1,7 +1,8 @@
 """One step of a sharded module between its lookups and its pooled output, as two autograd functions.
 
-``Launch`` sends the lookups' outputs and hands out a token; ``Land`` waits, and makes the pooled output. What lies
-between them overlaps with the exchange; in backward it is ``Land`` that sends gradients and ``Launch`` that waits.
+``Launch`` sends the lookups' outputs and hands out a token; ``Land`` waits, and makes the pooled output. What
+lies between them overlaps with the exchange; in backward it is ``Land`` that sends gradients and ``Launch``
+that waits.
 """
 
 from collections.abc import Sequence

@@ -94,7 +94,7 @@ class PlainWire:
 
 
 class _PlainCall:
-    sizes = None
+    sizes: list[int] | None = None
 
     def __init__(self, wire: PlainWire, source: Tensor, taken: Side, given: Side, what: str) -> None:
         self._wire, self._given, self._what = wire, given, what
@@ -133,7 +133,8 @@ class _PlainCall:
         else:
             self._received = floats(self._borrow(4 * total), total)
         route = self._wire.route
-        self._bytes = (sum(sizes[0]) - sizes[0][route.peers.rank]) * self._sent.element_size()
+        rank, width = route.peers.rank, self._sent.element_size()
+        self._bytes = [(sum(counts) - counts[rank]) * width for counts in sizes]
         self._began = time.perf_counter()
         self._sending = all_to_all(
             route.peers, self._received, self._sent, sizes[1], sizes[0], route.direction, self._what
@@ -144,7 +145,8 @@ class _PlainCall:
         self._wire.measures.add(
             self._wire.route.direction,
             exchange_s=time.perf_counter() - self._began,
-            sent_bytes=self._bytes,
+            sent_bytes=self._bytes[0],
+            received_bytes=self._bytes[1],
             transfers=1,
         )
         codec, total = self._wire.codec, sum(self._incoming)

@@ -52,6 +52,10 @@ def main(words: list[str]) -> int:
         )
         return MISTAKEN
     try:
+        if settings.ab.codecs:
+            from tightrec.trainer.compare.ab import run_all
+
+            return run_all(settings, overrides, job.run)
         return job.run(settings, plain, overrides)
     except (ValueError, control.NotANumber, checkpoint.CheckpointFailed) as error:
         _tell(error)

@@ -20,6 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from tightrec.models.config import ModelConfig
 from tightrec.sharding.config import CodecConfig, ShardingConfig
 from tightrec.trainer.checkpoint import CheckpointConfig
+from tightrec.trainer.compare.config import AbConfig
 from tightrec.trainer.data.loader import LoaderConfig
 from tightrec.trainer.data.synthetic import SyntheticConfig
 from tightrec.trainer.metrics import MetricsConfig
@@ -177,6 +178,9 @@ class JobConfig:
 
     debug: DebugConfig = DebugConfig()
     """Looking closely."""
+
+    ab: AbConfig = AbConfig()
+    """Several codecs and seeds in one job, and their comparison."""
 
     def __post_init__(self) -> None:
         if self.resume == "auto" and self.run_folder is None:

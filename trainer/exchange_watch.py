@@ -1,4 +1,4 @@
-"""What the loop does for the compressed exchange: tells it the step, runs its probes, logs what it measured."""
+"""What the loop does for the compressed exchange: tells it the step, runs its probes, logs its measures."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -10,7 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tightrec.compression.policy.config import Direction
 from tightrec.models.dlrm import DLRM
-from tightrec.sharding.measures import DIRECTIONS, DirectionMeasures
+from tightrec.sharding.measures import DIRECTIONS
 from tightrec.sharding.plan import PlanRow
 from tightrec.sharding.steering import Steering
 from tightrec.trainer.data.batch import Batch
@@ -54,7 +54,7 @@ class ExchangeWatch:
             self._steering.set_step(step)
 
     def end(self, step: int, batch: Batch) -> None:
-        """A training step has ended, with ``step`` done: probe where it was one for that; a collective then."""
+        """A training step has ended, with ``step`` done: probe where it is due; a collective then."""
         if self._steering is None or not self._steering.probe.ready:
             return
         record = self._steering.probe.run(lambda pooled: self._loss(pooled, batch))
@@ -85,9 +85,8 @@ class ExchangeWatch:
         steering = self._steering
         if steering is None or not self._framed:
             return
-        everybody = self._ranks.gather(
-            {way: _sums(found) for way, found in steering.pilot.measures.take().items()}
-        )
+        measures = steering.pilot.measures.take()
+        everybody = self._ranks.gather({way: asdict(found) for way, found in measures.items()})
         for line in steering.messages():
             self._log.say(f"codec: {line}")
         for report in steering.modes.take_reports():
@@ -150,8 +149,3 @@ class ExchangeWatch:
         """Go on from a checkpoint's ``state``, of a job on any number of ranks."""
         if state is not None and self._steering is not None and self._framed:
             self._steering.load_state_dict(state)
-
-
-def _sums(found: DirectionMeasures) -> dict[str, Any]:
-    """As plain numbers, to be sent between ranks."""
-    return asdict(found)

@@ -5,9 +5,9 @@
     for table in chooser.trials_due(4):                             # now and then, where this rank holds rows
         chooser.record_trial(table, ModeTrial().run(rows, bound))
     chooser.agree(all_reduce(chooser.measurements()))               # summed over the ranks: all decide alike
-    record = chooser.report(step)                                   # what was predicted, and what came
     choices = chooser.choose()
     plain = chooser.plain_is_faster(plain_bytes, size_exchange_s=...).plain
+    record = chooser.report(step)                                   # what was predicted, and what came
 
 One chooser for each direction; what its numbers mean stands in ``costs``. ``published_choice`` is the rule of
 the SC'24 paper instead.
@@ -117,6 +117,7 @@ class ModeChooser:
         """The last verdict; None before the first."""
         self._costs = TableCosts(self.tables, self.link_estimate)
         self._choices: dict[str, Choice] = {}
+        self._compared: dict[str, tuple[float | None, float]] = {}  # predicted, then measured milliseconds
         self._verdict_reason = "not examined yet"
         self._next_trial = 0
 
@@ -161,6 +162,9 @@ class ModeChooser:
             ValueError: it is of another length or not finite.
         """
         self._costs.agree(summed, self.modes)
+        for table, measured in zip(self.tables, self._costs.measured_ms.tolist(), strict=True):
+            if table in self._choices and not math.isnan(measured):
+                self._compared[table] = (self._choices[table].predicted_ms, measured)
 
     def choose(self, lossless: Collection[str] = ()) -> dict[str, Choice]:
         """The mode of every table, from what was agreed; they are ``modes`` from now on.
@@ -173,6 +177,7 @@ class ModeChooser:
             mode, reason = self._decide(at, seconds[at], table in lossless)
             if mode != self.modes[at]:
                 self._costs.forget(at)
+                self._compared.pop(table, None)
                 self.modes[at] = mode
             predicted, size = seconds[at, MODE_NUMBERS[mode]], sizes[at, MODE_NUMBERS[mode]]
             self._choices[table] = Choice(
@@ -205,6 +210,15 @@ class ModeChooser:
         if len(ranked) == 1:
             return best, f"{best} is the only candidate"
         return best, f"{1e3 * took[best]:.3g} ms, next {ranked[1]} {1e3 * took[ranked[1]]:.3g} ms"
+
+    @property
+    def plain_bytes(self) -> float:
+        """What a rank would send in a step as float32, the mean; 0 before anything was agreed."""
+        return 4.0 * float(np.nansum(self._costs.values))
+
+    def ratios(self) -> dict[str, dict[Mode, float]]:
+        """Plain bytes over bytes in each mode, of the tables that were tried."""
+        return self._costs.ratios()
 
     def plain_is_faster(
         self, plain_bytes: float, *, size_exchange_s: float = 0.0, other_s: float = 0.0
@@ -250,16 +264,17 @@ class ModeChooser:
     def report(self, step: int) -> dict[str, Any]:
         """A record of kind "choice": the modes in use, what was predicted of them and what came.
 
-        Between ``agree`` and ``choose`` it compares the last choice with what was measured since.
+        ``measured_ms`` stands beside the prediction made before it was measured, in the same mode; it is None
+        where nothing has been measured yet in this mode, and then the prediction is the newest.
         """
         tables = {}
-        for at, (table, choice) in enumerate(self._choices.items()):
-            measured = float(self._costs.measured_ms[at])
+        for table, choice in self._choices.items():
+            predicted, measured = self._compared.get(table, (choice.predicted_ms, None))
             tables[table] = {
                 "mode": choice.mode,
                 "reason": choice.reason,
-                "predicted_ms": choice.predicted_ms,
-                "measured_ms": None if math.isnan(measured) else measured,
+                "predicted_ms": predicted,
+                "measured_ms": measured,
             }
         link = self._costs.link
         rate = link.gb_s if link is not None else math.inf

@@ -99,7 +99,7 @@ class Sampling:
 
     def set_step(self, step: int) -> None:
         """Begin at the first step from ``sample_after`` on that comes: a resumed job samples too."""
-        if self._start is None and self.open and step >= self._config.sample_after:
+        if self._start is None and step >= self._config.sample_after:
             self._start = step
 
     def restore(self, classes: Mapping[str, TableClass]) -> None:

@@ -61,8 +61,8 @@ class TableCosts:
         self.values = np.full(count, np.nan)
         """[T] values of a step, as agreed."""
         self.measured_ms = np.full(count, np.nan)
-        """[T] time of a table's rows in the mode in use: its shares of the exchange by bytes, of encode and
-        decode by prediction; latency and the calls' fixed parts are not in it."""
+        """[T] time of a table's rows between the last two agreements: its shares of the exchange by bytes, of
+        encode and decode by prediction; latency and the calls' fixed parts are not in it."""
         self._cost = np.full((3, count, many), np.nan)  # bytes, encode and decode seconds of a value
         self._call_s = np.zeros(2)  # fixed part of an encode and of a decode call
         self._factor = np.ones(2)  # measured over predicted seconds of encode and decode
@@ -125,6 +125,7 @@ class TableCosts:
             name: piece.reshape(shape) for (name, shape), piece in zip(self._shapes.items(), cut, strict=True)
         }
         number = np.array([MODE_NUMBERS[mode] for mode in modes], dtype=np.int64)
+        self.measured_ms[:] = np.nan
         self._agree_link(part["lines"])
         self._agree_trials(part["tried"], part["calls"])
         if part["samples"][0]:
@@ -202,6 +203,15 @@ class TableCosts:
         seconds = self.values[:, None] * (each * per_byte + encode_s + decode_s)
         return np.where(empty, 0.0, seconds), np.where(empty, 0.0, self.values[:, None] * each)
 
+    def ratios(self) -> dict[str, dict[Mode, float]]:
+        """Plain bytes over bytes in each mode, of the tables that were tried."""
+        found = 4.0 / self._cost[0]
+        return {
+            table: {mode: float(found[at, MODE_NUMBERS[mode]]) for mode in MODES}
+            for table, at in self._index.items()
+            if not np.isnan(found[at]).any()
+        }
+
     @property
     def call_s(self) -> float:
         """Fixed seconds of an encode and a decode call together."""
@@ -210,7 +220,6 @@ class TableCosts:
     def forget(self, table: int) -> None:
         """The table's mode has changed: what was measured of it was of the old one."""
         self._used_bytes[table] = np.nan
-        self.measured_ms[table] = np.nan
 
     def state_dict(self) -> dict[str, Any]:
         """What was agreed, by table, in numbers and lists that JSON can hold."""

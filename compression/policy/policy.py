@@ -97,6 +97,7 @@ class BoundPolicy:
             self._by_rows = {table.name: class_by_rows(table.rows, config) for table in tables}
         self._sampling = Sampling(config, forward) if config.level == "homogenisation" else None
         self._feedback = None if budget_ne is None else Feedback(config, budget_ne)
+        # The dial alone is enough: it stands for the sensitivity level and the feedback.
         measures = config.level == "sensitivity" or (config.level == "fixed" and budget_ne is not None)
         shares = {name: b.value for name, b in forward.items() if measures and b and b.of == "range"}
         self._probes = Probes(config, shares, overrides(config, "forward", names))
@@ -161,7 +162,7 @@ class BoundPolicy:
         if kept is not None and kept[0] == self.version:
             return kept[1]
         found = [self.bound(direction, table) or _SENT_RAW for table in tables]
-        scaled = tuple(b if b is _SENT_RAW else Bound(value=b.value * share, of=b.of) for b in found)
+        scaled = tuple(Bound(value=bound.value * share, of=bound.of) for bound in found)
         same = kept is not None and kept[1].bounds == scaled
         made = kept[1] if kept is not None and same else Bounds(scaled, tuple(slots))
         self._cache[key] = (self.version, made)
@@ -220,17 +221,16 @@ class BoundPolicy:
 
         Args:
             step: of the probe.
-            measured: (table, bound relative to the range, NE difference), averaged over ranks.
-            total_dne: NE difference of all tables at their bounds of now, averaged over ranks.
+            measured: (table, bound relative to the range, NE difference), averaged over ranks; differences
+                are those of ``symmetric_dne``.
+            total_dne: NE difference of all tables at their bounds of now, likewise.
             values: that each table sends forward in a step, all ranks together.
 
         Raises:
             ValueError: a measurement of a table that ``probe_plan`` does not name.
         """
         self._step = step
-        told = self._probes.observe(
-            measured, {t: v for t, v in values.items() if t in self._current["forward"]}
-        )
+        told = self._probes.observe(measured, values)
         self._total = total_dne if math.isfinite(total_dne) else None
         if self._feedback is not None and (self._probes.bounds or not self._probes.chooses):
             told.append(self._observe_total(self._feedback, total_dne))
@@ -244,7 +244,10 @@ class BoundPolicy:
         return told
 
     def report(self) -> dict[str, Any]:
-        """The record of the last probe; a table's dNE is a prediction, None before it was measured."""
+        """The record of the last probe: the total as measured, multiplier and bounds as they follow from it.
+
+        A table's ``dne`` is predicted for its bound of now; None: it is not measured.
+        """
         tables: dict[str, dict[str, Any]] = {}
         for name, bound in self._current["forward"].items():
             dne = self._probes.dne(name, bound.value) if bound is not None and bound.of == "range" else None
@@ -276,8 +279,8 @@ class BoundPolicy:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict`` of a job on any number of ranks; the settings are this job's.
 
-        Tables that only one of the two has are told in ``messages``. Another budget is followed
-        from the next probe on.
+        Tables that only one of the two has are told in ``messages``. Another budget is followed from the next
+        probe on.
 
         Raises:
             ValueError: the state is of another version of this program.

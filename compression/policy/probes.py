@@ -123,7 +123,7 @@ class Probes:
     def predicted(self, shares: Mapping[str, float]) -> float:
         """NE difference that all measured tables together are expected to make at ``shares``."""
         costs = (self.dne(table, shares[table]) for table in self._tables)
-        return sum(max(cost, 0.0) for cost in costs if cost is not None)
+        return sum(cost for cost in costs if cost is not None)
 
     def dne(self, table: str, share: float) -> float | None:
         """Predicted NE difference of a table at a bound relative to its range; None: not measured yet."""

@@ -33,7 +33,6 @@ _HUBER = 1.345
 """In standard deviations: 95 % as precise as the mean where the noise is normal."""
 _ROUNDS = 20
 _MAD_TO_DEVIATION = 1.4826
-_MEAN_TO_DEVIATION = 1.2533
 
 
 def mirrored(exact: Tensor, quantised: Tensor) -> Tensor:
@@ -78,12 +77,13 @@ def fit(measurements: Sequence[Measurement]) -> Fit:
         return Fit(slope=slopes[0], error=abs(slopes[0]), count=1)
     slope, weights = median(slopes), [1.0] * len(slopes)
     for _ in range(_ROUNDS):
-        scale = _scale([each - slope for each in slopes])
-        if scale == 0:
+        limit = _HUBER * _MAD_TO_DEVIATION * median(abs(each - slope) for each in slopes)
+        if limit == 0:
             break
-        limit = _HUBER * scale
         weights = [min(1.0, limit / abs(each - slope)) if each != slope else 1.0 for each in slopes]
-        slope = sum(w * each for w, each in zip(weights, slopes, strict=True)) / sum(weights)
+        before, slope = slope, sum(w * s for w, s in zip(weights, slopes, strict=True)) / sum(weights)
+        if math.isclose(before, slope, rel_tol=1e-9):
+            break
     squares = sum(w * (each - slope) ** 2 for w, each in zip(weights, slopes, strict=True))
     freedom = max(sum(weights) - 1, 0.5)
     return Fit(slope=slope, error=math.sqrt(squares / freedom / sum(weights)), count=len(slopes))
@@ -100,9 +100,7 @@ class Sensitivity:
         self.taken = 0
         """Measurements asked for so far, unusable ones too."""
         self._last: deque[Measurement] = deque(maxlen=memory)
-
-    def __len__(self) -> int:
-        return len(self._last)
+        self._fit: Fit | None = None
 
     def add(self, bound: float, dne: float) -> bool:
         """Take one measurement in; whether it was a finite number.
@@ -118,11 +116,14 @@ class Sensitivity:
         if not math.isfinite(dne):
             return False
         self._last.append((float(bound), float(dne)))
+        self._fit = None
         return True
 
     def fit(self) -> Fit | None:
         """The sensitivity so far; None before the first measurement."""
-        return fit(self._last) if self._last else None
+        if self._fit is None and self._last:
+            self._fit = fit(self._last)
+        return self._fit
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -132,12 +133,6 @@ class Sensitivity:
     def restore(self, taken: int, measurements: Iterable[Sequence[float]]) -> None:
         """Go on from what ``taken`` and ``measurements`` once were."""
         self.taken = int(taken)
+        self._fit = None
         self._last.clear()
         self._last.extend((float(bound), float(dne)) for bound, dne in measurements)
-
-
-def _scale(left: Sequence[float]) -> float:
-    """Standard deviation of most of them; 0 only where all are 0."""
-    sizes = [abs(e) for e in left]
-    # More than half exactly at the median says nothing about the noise of the others.
-    return _MAD_TO_DEVIATION * median(sizes) or _MEAN_TO_DEVIATION * sum(sizes) / len(sizes)

@@ -88,7 +88,7 @@ def test_bf16_touches_the_dense_part_only():
     ours = model(5, dense_precision="bf16")
     seen = []
     ours.over_arch.register_forward_hook(lambda module, args, out: seen.append(out.dtype))
-    ours.sparse_arch.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
+    ours.sparse_arch.pooled.register_forward_hook(lambda module, args, out: seen.append(out[0].dtype))
     logits = ours(torch.randn(6, 5), bags())
     assert seen == [torch.float32, torch.bfloat16]
     assert logits.dtype == torch.float32
