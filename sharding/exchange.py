@@ -185,7 +185,7 @@ class ExchangeStep:
             theirs = torch.empty_like(mine)
             began = time.perf_counter()
             try:
-                with record_function("tightrec::sizes"):
+                with record_function("exchange: sizes"):
                     dist.all_to_all_single(theirs, mine, group=group.group)
             except RuntimeError as error:
                 raise lost(group, what, error) from error

@@ -93,7 +93,7 @@ class _FramedCall:
         self._wire, self._source, self._taken, self._given, self._what = wire, source, taken, given, what
         self._borrowed: list[Tensor] = []
         began = time.perf_counter()
-        with record_function("tightrec::encode"):
+        with record_function("exchange: encode"):
             self._frames = self._encode()
         self._lengths = [int(size) for size in torch.cat([f.sizes for f in self._frames]).tolist()]
         self._seal()
@@ -284,7 +284,7 @@ class _FramedCall:
                 for slot, size in zip(slots, sizes, strict=True):
                     slot.record(size)
         arrived = time.perf_counter()
-        with record_function("tightrec::decode"):
+        with record_function("exchange: decode"):
             scratch = self._borrow(
                 decode_scratch_bytes(self._layout, torch.float32, device=wire.buffers.device)
             )

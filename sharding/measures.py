@@ -3,9 +3,10 @@
 Kept twice: for the log, since it last asked, and for the choice of modes, since the step before.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+
+import numpy as np
 
 from tightrec.compression.policy.config import Direction
 from tightrec.compression.telemetry import FrameTables
@@ -26,7 +27,7 @@ class TableMeasures:
     sent_bytes: float = 0.0
     worst: float | None = None
     """Largest error over its bound that was seen."""
-    modes: Counter[str] = field(default_factory=Counter)
+    modes: dict[str, int] = field(default_factory=dict)
     """Blocks by mode."""
 
 
@@ -72,11 +73,12 @@ class Measures:
         taken, self._step[way] = self._step[way], DirectionMeasures()
         return taken if taken.transfers else None
 
-    def begin_step(self, sampled: bool) -> None:
-        """A training step begins, whose frames are looked into or not."""
+    def begin_step(self, sampled: Mapping[Direction, bool]) -> None:
+        """A training step begins; by direction, whether it has frames that are looked into."""
         for way in DIRECTIONS:
-            self._window[way].steps += 1
-            self._window[way].sampled += sampled
+            for book in (self._window[way], self._step[way]):
+                book.steps += 1
+                book.sampled += sampled[way]
 
     def _books(self, way: Direction) -> list[DirectionMeasures]:
         return [self._window[way], self._step[way]] if self.active else []
@@ -117,15 +119,22 @@ class Measures:
             copies: how many peers get each frame.
         """
         filled = found.rows > 0
-        share = found.overhead / filled.sum(1).clip(min=1)
-        for peer, place in zip(*(axis.tolist() for axis in filled.nonzero()), strict=True):
+        # What belongs to no table, headers of empty blocks too, is shared out; in an empty frame over all.
+        counted = np.where(filled.any(1, keepdims=True), filled, True)
+        unfilled = np.where(filled, 0, found.bytes).sum(1)
+        share = (found.overhead + unfilled) / counted.sum(1).clip(min=1)
+        for peer, place in zip(*(axis.tolist() for axis in counted.nonzero()), strict=True):
             for book in self._books(way):
                 entry = book.tables.setdefault(tables[peer][place], TableMeasures())
+                if not filled[peer, place]:
+                    entry.sent_bytes += float(share[peer]) * copies
+                    continue
                 entry.rows += int(found.rows[peer, place]) * copies
                 entry.distinct += int(found.distinct[peer, place]) * copies
                 entry.values += int(found.values[peer, place]) * copies
                 entry.sent_bytes += float(found.bytes[peer, place] + share[peer]) * copies
-                entry.modes[Mode(int(found.mode[peer, place])).name.lower()] += copies
+                mode = Mode(int(found.mode[peer, place])).name.lower()
+                entry.modes[mode] = entry.modes.get(mode, 0) + copies
 
     def worst(self, way: Direction, tables: Sequence[str], errors: Sequence[float]) -> None:
         """Note errors over bounds, one for each table."""

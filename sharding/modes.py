@@ -48,6 +48,8 @@ class ModeSteering:
                 initial = config.mode if config.mode in MODES else "auto"
                 self._choosers[way] = ModeChooser(way, tables, initial=initial)
         self._trial = ModeTrial()
+        # As published, all tables are chosen for at once.
+        self._trials = len(self._tables) if config.mode == "published" else _TRIALS
         self._due: dict[Direction, set[str]] = {}
         self._examined = False
         self._how: dict[Direction, str] = {}
@@ -64,13 +66,15 @@ class ModeSteering:
             self._note(way, chooser)
         if self._examined:
             self._decide(step)
-        into = step - _FIRST if step < self._every else step % self._every
+        into = -_steps_until(step, self._every)
         self._examined = into == 0
         pilot.sizes_wanted = -_SAMPLED_STEPS < into <= 0
         # Frames are about of one size: exchanges of plain rows tell what a byte costs.
         pilot.plain_now = None if not -_SAMPLED_STEPS < into <= 0 else into in _PLAIN_STEPS
         if self._examined:
-            self._due = {way: set(chooser.trials_due(_TRIALS)) for way, chooser in self._choosers.items()}
+            self._due = {
+                way: set(chooser.trials_due(self._trials)) for way, chooser in self._choosers.items()
+            }
         pilot.trial = self._try if self._examined else None
 
     def _note(self, way: Direction, chooser: ModeChooser) -> None:
@@ -86,10 +90,12 @@ class ModeSteering:
         chooser.record_step(
             wire_bytes=wire_bytes,
             encode_s=last.encode_s,
-            exchange_s=last.exchange_s,
+            # Of frames alone: the verdict adds what it takes to tell sizes.
+            exchange_s=last.exchange_s - last.sizes_s,
             decode_s=last.decode_s,
         )
-        if last.tables:
+        # A rank that held nothing counts too: these are means over ranks.
+        if last.sampled:
             values = np.array([last.tables[t].values if t in last.tables else 0.0 for t in self._tables])
             sent = np.array([last.tables[t].sent_bytes if t in last.tables else 0.0 for t in self._tables])
             chooser.record_tables(values, sent)
@@ -157,8 +163,14 @@ class ModeSteering:
         for way, chooser in self._choosers.items():
             if way in state:
                 chooser.load_state_dict(state[way])
-                if self._pilot.config.mode == "measured":
+                if self._pilot.config.mode in ("measured", "published"):
                     self._pilot.modes_by_table[way] = dict(zip(chooser.tables, chooser.modes, strict=True))
                 if getattr(self._pilot.config, way) == "auto":
                     self._pilot.plain[way] = bool(chooser.plain)
         self._pilot.modes_version += 1
+
+
+def _steps_until(step: int, every: int) -> int:
+    """Steps from ``step`` to the next examination: the first, and one each ``every`` steps."""
+    regular = -step % every or (0 if step else every)
+    return min(regular, _FIRST - step) if step <= _FIRST else regular

@@ -9,7 +9,7 @@ from tightrec.compression.bounds import Bounds
 from tightrec.compression.codec import Mode, Modes
 from tightrec.compression.policy.config import Direction
 from tightrec.compression.policy.policy import BoundPolicy
-from tightrec.sharding.config import CodecConfig
+from tightrec.sharding.config import FRAMED, CodecConfig
 from tightrec.sharding.measures import Measures
 
 
@@ -21,7 +21,11 @@ class Pilot:
     policy: BoundPolicy
     measures: Measures
     step: int = 0
-    """Training steps begun before this one; of messages, schedules and samples."""
+    """Training steps begun before this one; of messages, schedules and samples. The backward of a step comes
+    under the same number."""
+
+    begun: int = 0
+    """Training steps begun so far, the one under way included."""
 
     training: bool = True
     """Whether the forward under way belongs to a training step."""
@@ -86,7 +90,7 @@ class Pilot:
     @property
     def what(self) -> str:
         """The step, for messages."""
-        return f"step {self.step + 1}" if self.training else f"an evaluation after step {self.step}"
+        return f"step {self.step + 1}" if self.training else f"an evaluation after step {self.begun}"
 
     @property
     def _default(self) -> Mode:
@@ -99,6 +103,12 @@ class Pilot:
         """Whether the frames of this step are looked into."""
         every = self.config.stats_every
         return self.training and (self.sizes_wanted or (every > 0 and self.step % every == 0))
+
+    def samples(self, direction: Direction) -> bool:
+        """Whether there are frames in this direction to be looked into in this step."""
+        codec = getattr(self.config, direction)
+        plain = codec not in FRAMED or (codec == "auto" and self.sends_plain(direction))
+        return self.sampled and not plain
 
     @property
     def shadowed(self) -> bool:

@@ -16,10 +16,14 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 from tightrec.compression.bounds import Bound
 from tightrec.compression.policy.policy import BoundPolicy
 from tightrec.compression.policy.sensitivity import mirrored, symmetric_dne
+from tightrec.kernels.format import MIN_BOUND
 from tightrec.sharding.parts import Part
 
 Measure = Callable[[KeyedTensor], tuple[Tensor, Tensor, Tensor]]
 """Of a pooled output, on this rank: sum of its rows' log losses, number of rows, number of positives."""
+
+_CODES = 2.0**22
+"""Codes are below this."""
 
 
 class Probe:
@@ -107,16 +111,22 @@ class Probe:
 
 
 def _rounded(block: Tensor, bound: Bound) -> Tensor:
-    """Each value at the nearest multiple of twice the bound (docs/FORMAT.md, section 5)."""
+    """What the codec's codes of a block's values decode to (docs/FORMAT.md, section 5).
+
+    Values that get no code stay; so does a block of equal values, whose range is 0.
+    """
     if not block.numel():
         return block
-    scale = torch.ones((), device=block.device)
+    error = torch.full((), bound.value, dtype=torch.float32, device=block.device)
     if bound.of == "range":
-        scale = block.max() - block.min()
+        error = error * block.max() - error * block.min()
     elif bound.of == "rms":
-        scale = block.square().mean().sqrt()
-    step = (2 * bound.value * scale).clamp_min(torch.finfo(block.dtype).tiny)
-    return torch.round(block / step) * step
+        error = error * block.double().square().mean().sqrt().float()
+    error = error.clamp_min(MIN_BOUND)
+    scaled = block * (1 / (2 * error))
+    decoded = torch.round(scaled) * (2 * error)
+    coded = (scaled.abs() < _CODES) & ((block - decoded).abs() <= error)
+    return torch.where(coded, decoded, block)
 
 
 def _entropy(share: float) -> float:

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 from torchrec.distributed.comm_ops import get_gradient_division
 from torchrec.distributed.embedding_types import KJTList
 from torchrec.distributed.embeddingbag import (
@@ -86,7 +87,8 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
                 f"the sharded tables were given a {type(features).__name__}; give a KeyedJaggedTensor."
             )
         if self.codec.dedup or features.variable_stride_per_key():
-            features = dedup_bags(features)
+            with record_function("tightrec::input_exchange"):
+                features = dedup_bags(features)
         ctx.bags = self._bags(features)
         if self._expansion is None:
             slots = [slot for part in self._parts for slot in part.received]
@@ -127,9 +129,9 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             _held_rows(part, features, context)
             for part, features, context in zip(self._parts, input, ctx.sharding_contexts, strict=True)
         ]
-        outputs = [
-            lookup(padded(features)) for lookup, features in zip(module_lookups(self), input, strict=True)
-        ]
+        with record_function("tightrec::lookup"):
+            lookups = zip(module_lookups(self), input, strict=True)
+            outputs = [lookup(padded(features)) for lookup, features in lookups]
         return self._send(ctx.bags, held, outputs)
 
     def compute(self, ctx: ExchangeContext, dist_input: KJTList) -> list[Tensor]:

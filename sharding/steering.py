@@ -10,11 +10,14 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tightrec.compression.policy.policy import BoundPolicy, TableFacts
 from tightrec.sharding.config import FRAMED, CodecConfig
-from tightrec.sharding.measures import Measures
+from tightrec.sharding.measures import DIRECTIONS, Measures
 from tightrec.sharding.modes import ModeSteering
 from tightrec.sharding.parts import Part
 from tightrec.sharding.pilot import Pilot
 from tightrec.sharding.probe import Probe
+
+_OF_A_STEP = ("training", "exact", "sampling_rows", "trial", "plain_now")
+"""What the pilot keeps of a training step for its backward."""
 
 
 class Steering:
@@ -50,21 +53,26 @@ class Steering:
         self.modes = ModeSteering(self.pilot, [table.name for table in facts], group, device)
         self._group, self._device = group, device
         self._counts_itself = True
+        self._interrupted: dict[str, Any] | None = None
         self._probing = codec.forward in FRAMED
 
     def set_step(self, step: int) -> None:
         """Say how many training steps came before the next one; without, training forwards are counted."""
         self._counts_itself = False
-        self.pilot.step = step
+        self.pilot.step = self.pilot.begun = step
 
     def begin(self) -> None:
         """A forward begins."""
         pilot = self.pilot
-        pilot.training = pilot.measures.active = torch.is_grad_enabled()
-        if not pilot.training:
-            pilot.exact = False
+        if not torch.is_grad_enabled():
+            self._begin_evaluation()
             return
+        self._interrupted = None
+        pilot.training = pilot.measures.active = True
+        if self._counts_itself:
+            pilot.step = pilot.begun
         step = pilot.step
+        pilot.begun = step + 1
         self.policy.set_step(step)
         if self._probing and self.policy.homogenisation_due(step):
             counts = torch.tensor(self.policy.homogenisation_counts(), dtype=torch.float64)
@@ -72,15 +80,26 @@ class Steering:
         self.modes.begin(step)
         pilot.exact = self._probing and self.policy.probe_due(step)
         pilot.sampling_rows = self._probing and self.policy.sample_due(step)
-        pilot.measures.begin_step(pilot.sampled)
+        pilot.measures.begin_step({way: pilot.samples(way) for way in DIRECTIONS})
+
+    def _begin_evaluation(self) -> None:
+        """Nothing of it is sampled or tried; a backward that is still to come finds its step again."""
+        pilot = self.pilot
+        if pilot.training:
+            self._interrupted = {name: getattr(pilot, name) for name in _OF_A_STEP}
+        pilot.training = pilot.measures.active = pilot.exact = pilot.sampling_rows = False
+        pilot.trial = pilot.plain_now = None
 
     def landed(self, pooled: KeyedTensor) -> None:
         """A forward's pooled output has arrived."""
-        if self.pilot.training:
-            if self.pilot.exact:
-                self.probe.keep(self.pilot.step, pooled)
-            if self._counts_itself:
-                self.pilot.step += 1
+        pilot = self.pilot
+        if not pilot.training:
+            for name, value in (self._interrupted or {}).items():
+                setattr(pilot, name, value)
+            pilot.measures.active = pilot.training
+            self._interrupted = None
+        elif pilot.exact:
+            self.probe.keep(pilot.step, pooled)
 
     def messages(self) -> list[str]:
         """Decisions since the last call, for the log."""
@@ -88,11 +107,15 @@ class Steering:
 
     def state_dict(self) -> dict[str, Any]:
         """What was learnt and chosen, JSON-able and by table name; the same on every rank."""
-        return {"step": self.pilot.step, "bounds": self.policy.state_dict(), "modes": self.modes.state_dict()}
+        return {
+            "step": self.pilot.begun,
+            "bounds": self.policy.state_dict(),
+            "modes": self.modes.state_dict(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from ``state_dict``, of a job on any number of ranks."""
-        self.pilot.step = int(state["step"])
+        self.pilot.step = self.pilot.begun = int(state["step"])
         self.policy.load_state_dict(state["bounds"])
         self.modes.load_state_dict(state["modes"])
 

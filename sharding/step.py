@@ -106,7 +106,7 @@ class Step:
             cells, region = self._local_cells[number], self.regions[number]
             copy_blocks(matrix.reshape(-1), cells, flat[region.start : region.end], packed_cells(cells))
         self._divide(flat, gradients=False)
-        with record_function("tightrec::expand"):
+        with record_function("exchange: expand"):
             pooled = self.expansion.expand(flat, self.index, self.bags.batch)
         self.exchange.buffers.give(self._buffer)
         return pooled
@@ -115,7 +115,7 @@ class Step:
         """Send the gradients of a pooled output; returns those of the local parts' lookups."""
         self._buffer = self.exchange.buffers.take(4 * self.total)
         flat = floats(self._buffer, self.total)
-        with record_function("tightrec::expand_backward"):
+        with record_function("exchange: collect"):
             self.expansion.collect(grad, self.index, flat)
         self._divide(flat, gradients=True)
         grads = []

@@ -239,6 +239,16 @@ def unused_settings(config: JobConfig, overrides: Sequence[str]) -> list[str]:
         "optimizer.tables.eps": config.optimizer.tables.name == "sgd",
         "optimizer.dense.eps": config.optimizer.dense.name == "sgd",
         "sharding.memory_gb": config.sharding.type != "auto",
+        "codec.bound": not config.codec.framed,
+        "codec.mode": not config.codec.framed,
+        "codec.transport": not config.codec.framed,
+        "codec.checksums": not config.codec.framed,
+        "codec.refresh_every": not config.codec.framed,
+        "codec.stats_every": not config.codec.framed,
+        "codec.shadow_every": not config.codec.framed,
+        "codec.examine_every": config.codec.mode not in ("measured", "published")
+        and "auto" not in (config.codec.forward, config.codec.backward),
+        "ab.seeds": not config.ab.codecs,
     }
     return [
         f"{key} is set but not used: {reason}."
@@ -265,6 +275,9 @@ def _why_unused(setting: str, config: JobConfig) -> str:
         "schedule": f"schedule.decay={config.schedule.decay}",
         "optimizer": "sgd has no eps",
         "sharding": f"sharding.type={config.sharding.type}, only the planner reads it",
+        "codec": f"codec.forward={config.codec.forward}, codec.backward={config.codec.backward}, "
+        f"codec.mode={config.codec.mode}",
+        "ab": "ab.codecs is empty",
     }[setting.partition(".")[0]]
 
 

@@ -10,6 +10,7 @@ from torchrec.sparse.jagged_tensor import KeyedTensor
 
 from tightrec.compression.policy.config import Direction
 from tightrec.models.dlrm import DLRM
+from tightrec.sharding.config import FRAMED
 from tightrec.sharding.measures import DIRECTIONS
 from tightrec.sharding.plan import PlanRow
 from tightrec.sharding.steering import Steering
@@ -90,16 +91,22 @@ class ExchangeWatch:
         for line in steering.messages():
             self._log.say(f"codec: {line}")
         for report in steering.modes.take_reports():
+            tables = report["tables"]
+            if report["plain"]:
+                # What the table's frames would be like, and why it is not sent in any.
+                why = f"plain: {report['reason']}"
+                tables = {name: table | {"reason": why} for name, table in tables.items()}
             self._log.choice(
                 step=step,
                 direction=report["direction"],
                 link_gb_s=report["link_gb_s"],
                 plain=report["plain"],
-                tables=report["tables"],
+                tables=tables,
             )
         for way in DIRECTIONS:
             mine = everybody[self._ranks.rank][way]
-            if not mine["framed"]:
+            # Steps that ``auto`` sends plain are told too, else the figures would be of the others alone.
+            if getattr(steering.codec, way) not in FRAMED or not sum(self._plain[way].values()):
                 continue
             times = {
                 name: mine[f"{name}_s"] / mine["steps"] * 1e3 for name in ("encode", "exchange", "decode")

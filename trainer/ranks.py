@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import cache
+from itertools import count
 from typing import Any, Literal
 
 import torch
@@ -64,12 +66,23 @@ def connected(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Itera
     place = _device(device, local_rank, local_world)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    dist.init_process_group(backend, timeout=timeout)
+    store, numbers = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    # torchrun's store outlives a job of this process: without a prefix of its own, the next job would read
+    # the addresses that this one leaves there.
+    store = dist.PrefixStore(f"job_{next(numbers)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
         yield Ranks(rank=rank, world=world, local_world=local_world, device=place, control=control)
     finally:
         dist.destroy_process_group()
+
+
+@cache
+def _meeting_place(address: str, port: str) -> tuple[dist.Store, Iterator[int]]:
+    """The store in which the ranks find each other, and a number for each job that meets there."""
+    store, _, _ = next(dist.rendezvous("env://"))
+    return store, count()
 
 
 def _single_rank_environment() -> None:

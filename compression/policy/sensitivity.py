@@ -23,6 +23,7 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
+from typing import TypeVar
 
 from torch import Tensor
 
@@ -34,14 +35,16 @@ _HUBER = 1.345
 _ROUNDS = 20
 _MAD_TO_DEVIATION = 1.4826
 
+Number = TypeVar("Number", float, Tensor)
+
 
 def mirrored(exact: Tensor, quantised: Tensor) -> Tensor:
     """Values of ``exact``'s shape with the opposite error of ``quantised``, within the same bound."""
     return 2 * exact - quantised
 
 
-def symmetric_dne(exact_ne: float, quantised_ne: float, mirrored_ne: float) -> float:
-    """A measurement, from the NE of one batch at exact, quantised and mirrored rows."""
+def symmetric_dne(exact_ne: Number, quantised_ne: Number, mirrored_ne: Number) -> Number:
+    """A measurement, from the NE (or sums of losses) of one batch at exact, quantised and mirrored rows."""
     return (quantised_ne + mirrored_ne) / 2 - exact_ne
 
 

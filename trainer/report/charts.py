@@ -6,6 +6,7 @@ Legends are left to the page, where they can wrap on a phone.
 import io
 import math
 import re
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -88,8 +89,16 @@ def line_chart(title: str, series: Sequence[Series], unit: Unit = "", from_zero:
     return Chart(title=title, svg=_svg(title, draw, unit), legend=series)
 
 
-def bar_chart(title: str, layers: Sequence[Series], unit: Unit = "") -> Chart:
-    """Stacked bars over the training step; all layers have the same steps, of which there is at least one."""
+def bar_chart(title: str, layers: Sequence[Series], unit: Unit = "", times_median: float = math.inf) -> Chart:
+    """Stacked bars over the training step; all layers have the same steps, of which there is at least one.
+
+    Args:
+        title: of the chart.
+        layers: from the bottom up.
+        unit: of the values.
+        times_median: bars higher than so many times the median bar are cut off at that height, so that one
+            of them (a first step that compiles) does not hide all others.
+    """
 
     def draw(axes: Axes) -> None:
         thin = [_thinned(layer.steps, layer.values, _MOST_BARS) for layer in layers]
@@ -101,6 +110,9 @@ def bar_chart(title: str, layers: Sequence[Series], unit: Unit = "") -> Chart:
             axes.bar(places, values, bottom=floor, color=_SERIES[layer.colour], width=0.86, linewidth=0)
             floor = [low + value for low, value in zip(floor, values, strict=True)]
         axes.set_xlim(-0.6, max(len(steps), 6) - 0.4)
+        limit = times_median * statistics.median(floor)
+        if 0 < limit < max(floor):
+            axes.set_ylim(top=limit)
         axes.xaxis.set_major_formatter(
             FuncFormatter(lambda x, _: f"{steps[int(x)]:,.0f}" if x in places else "")
         )

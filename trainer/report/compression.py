@@ -1,6 +1,7 @@
 """The report's section on compression: its course over the run, and what it did to each table."""
 
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,14 +74,14 @@ def _codec_charts(codec: Mapping[str, Sequence[Record]]) -> list[Chart]:
         timed = [r for r in found if any(r.get(f"{part}_ms") is not None for part in _PARTS)]
         if timed:
             layers = [_part_layer(timed, part, colour) for colour, part in enumerate(_PARTS)]
-            charts.append(bar_chart(f"Exchange {way}, rank 0", layers, "ms"))
+            charts.append(bar_chart(f"Exchange {way}, rank 0", layers, "ms", times_median=4.0))
     return charts
 
 
 def _part_layer(timed: Sequence[Record], part: str, colour: int) -> Series:
     values = [r.get(f"{part}_ms") for r in timed]
     return Series(
-        label=f"{part} {figure(mean(values), digits=2)} ms",
+        label=f"{part} {figure(_median(values), digits=2)} ms",
         steps=[r["step"] for r in timed],
         values=values,
         colour=colour,
@@ -137,7 +138,7 @@ def _table_grid(way: str, found: Sequence[Record], probes: Sequence[Record]) -> 
         "mode",
     ]
     return Grid(
-        title=f"Tables {way}: rows and bytes a step, all ranks",
+        title=f"Tables {way}: rows and bytes between ranks a step",
         headings=[*headings, *(["NE cost"] if dne else [])],
         rows=[cells for _, cells in rows[:_MOST_TABLES]],
         note=_left_out(len(rows)),
@@ -202,3 +203,8 @@ def _last(found: Iterable[Record], name: str) -> dict[str, float]:
 
 def _sum(figures: Iterable[Record], name: str) -> float:
     return sum(f.get(name) or 0 for f in figures)
+
+
+def _median(values: Iterable[float | None]) -> float:
+    known = [value for value in values if value is not None]
+    return statistics.median(known) if known else math.nan
