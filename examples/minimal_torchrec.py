@@ -1,16 +1,20 @@
-"""The smallest torchrec program that shards tables over ranks and trains them; no tightrec in it.
+"""A small torchrec program that shards tables over ranks and trains them, twice: with torchrec's own exchange
+(minimal_torchrec.py) and with tightrec's (compressed_torchrec.py). The two differ in one line, an import.
 
-    torchrun --standalone --nproc-per-node 2 examples/minimal_torchrec.py
+    torchrun --standalone --nproc-per-node 2 examples/minimal_torchrec.py --save plain
+    torchrun --standalone --nproc-per-node 2 examples/compressed_torchrec.py --load plain
 
 Two tables, random clicks that depend on the ids, gloo on CPU or NCCL on GPUs. It prints the loss as it falls.
 """
 
+import argparse
 import os
+from typing import Any
 
 import torch
 from fbgemm_gpu.split_embedding_configs import EmbOptimType
 from torch import distributed as dist
-from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torch.distributed import checkpoint
 from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.sharding_plan import construct_module_sharding_plan, table_wise
 from torchrec.distributed.types import ShardingPlan
@@ -18,6 +22,9 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
+
+# isort: split
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 
 ROWS, DIM, BATCH, STEPS = 1_000, 16, 256, 101
 
@@ -35,7 +42,16 @@ class ClickModel(torch.nn.Module):
         return self.head(torch.cat([pooled["user"], pooled["item"]], dim=1)).squeeze(-1)
 
 
+def state_of(model: DistributedModelParallel) -> dict[str, Any]:
+    """Weights, and what the fused optimizer keeps of the tables."""
+    return {"model": model.state_dict(), "tables": model.fused_optimizer.state_dict()}
+
+
 def main() -> None:
+    words = argparse.ArgumentParser()
+    words.add_argument("--load", help="folder of a checkpoint to start from")
+    words.add_argument("--save", help="folder for a checkpoint at the end")
+    arguments = words.parse_args()
     local_rank = int(os.environ["LOCAL_RANK"])
     on_gpu = torch.cuda.device_count() >= int(os.environ["LOCAL_WORLD_SIZE"])
     device = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -73,6 +89,12 @@ def main() -> None:
     left = dict(in_backward_optimizer_filter(model.named_parameters()))
     head = torch.optim.Adagrad(left.values(), lr=0.05)
 
+    if arguments.load:
+        state = state_of(model)
+        checkpoint.load(state, checkpoint_id=arguments.load)
+        model.load_state_dict(state["model"])
+        model.fused_optimizer.load_state_dict(state["tables"])
+
     random = torch.Generator().manual_seed(rank)
     for step in range(STEPS):
         ids = torch.randint(0, ROWS, (2 * BATCH,), generator=random)
@@ -87,6 +109,8 @@ def main() -> None:
         head.step()
         if rank == 0 and step % 20 == 0:
             print(f"step {step:3d}  loss {loss.item():.4f}")
+    if arguments.save:
+        checkpoint.save(state_of(model), checkpoint_id=arguments.save)
     dist.destroy_process_group()
 
 

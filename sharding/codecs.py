@@ -77,7 +77,7 @@ def require_runnable(codec: CodecConfig, plan: Sequence[Held], batch_size: int, 
         ValueError: naming codec, direction, table and sharding type, and what to use instead.
     """
     if codec.dedup or codec.framed:
-        _require_own(codec, device)
+        require_own(codec, device)
         return
     for direction in ("forward", "backward"):
         name: CodecName = getattr(codec, direction)
@@ -93,8 +93,12 @@ def require_runnable(codec: CodecConfig, plan: Sequence[Held], batch_size: int, 
             _require_whole_groups(direction, plan, batch_size)
 
 
-def _require_own(codec: CodecConfig, device: torch.device) -> None:
-    """What the project's own exchange cannot run; it takes every type of sharding."""
+def require_own(codec: CodecConfig, device: torch.device) -> None:
+    """Check what the project's own exchange cannot run; it takes every type of sharding.
+
+    Raises:
+        ValueError: naming the setting and what to use instead.
+    """
     for direction in ("forward", "backward"):
         if getattr(codec, direction) == "fp8" and device.type == "cpu":
             raise ValueError(

@@ -4,7 +4,6 @@ Forward: lookups' outputs -> first legs of all parts, their sizes told in one go
 leg) -> flat distinct rows of this rank's batch. Backward: the same legs the other way round.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import gcd
@@ -64,11 +63,13 @@ class Exchange:
         """The wire for the codec in use at present."""
         of = self._legs[part][leg]
         codec: CodecName = getattr(self.pilot.config, direction)
-        if codec in FRAMED:
-            # Frames to nobody, or inside a machine that holds nothing, are left out.
-            inside = leg == 0 and self.parts[part].kind == "two_level"
-            idle = of.peers.size == 1 or (inside and not self.parts[part].held)
-            codec = "none" if idle or (codec == "auto" and self.pilot.sends_plain(direction)) else "lossy"
+        if of.peers.size == 1:
+            codec = "none"
+        elif codec in FRAMED:
+            # Frames of nothing are left out.
+            idle = not self.parts[part].held and self.parts[part].kind != "spread"
+            plain = codec == "auto" and self.pilot.sends_plain(direction)
+            codec = "none" if idle or plain else "lossy"
         key = (direction, codec)
         if key not in of.wires:
             route = of.routes[direction]
@@ -183,14 +184,17 @@ class ExchangeStep:
             mine = torch.tensor([calls[part].sizes for part in parts], dtype=torch.int64).t().contiguous()
             mine = mine.to(self._exchange.device)
             theirs = torch.empty_like(mine)
-            began = time.perf_counter()
+            began = self._exchange.pilot.measures.now()
             try:
                 with record_function("exchange: sizes"):
                     dist.all_to_all_single(theirs, mine, group=group.group)
             except RuntimeError as error:
                 raise lost(group, what, error) from error
             count(self._direction, 8 * len(parts) * (group.size - 1))
-            told_s, told_bytes = time.perf_counter() - began, 8 * len(parts) * (group.size - 1)
+            told_s, told_bytes = (
+                self._exchange.pilot.measures.now() - began,
+                8 * len(parts) * (group.size - 1),
+            )
             self._exchange.pilot.measures.add(
                 self._direction,
                 exchange_s=told_s,

@@ -5,7 +5,6 @@ slots, one call of the codec writes all frames. Gradients of table-wise tables g
 each peer gets slots of its own: then one call for each, as bounds and modes are by table.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -92,12 +91,13 @@ class _FramedCall:
     def __init__(self, wire: FramedWire, source: Tensor, taken: Side, given: Side, what: str) -> None:
         self._wire, self._source, self._taken, self._given, self._what = wire, source, taken, given, what
         self._borrowed: list[Tensor] = []
-        began = time.perf_counter()
+        clock = wire.pilot.measures.now
+        began = clock()
         with record_function("exchange: encode"):
             self._frames = self._encode()
         self._lengths = [int(size) for size in torch.cat([f.sizes for f in self._frames]).tolist()]
         self._seal()
-        wire.pilot.measures.add(wire.route.direction, encode_s=time.perf_counter() - began)
+        wire.pilot.measures.add(wire.route.direction, encode_s=clock() - began)
         self._fixed = [slot.capacity for slot in wire.sent_slots]
         self.sizes = None if self._uses_slots else self._for_everybody(self._lengths)
 
@@ -218,7 +218,7 @@ class _FramedCall:
             labels=[wire.route.received[peer] for peer in peers.others],
             direction=wire.route.direction,
         )
-        self._sent_buffer, self._began = buffer, time.perf_counter()
+        self._sent_buffer, self._began = buffer, wire.pilot.measures.now()
         self._sending = all_to_all(
             peers, self._arrival.buffer, buffer, received, sent, wire.route.direction, self._what
         )
@@ -283,7 +283,7 @@ class _FramedCall:
             ):
                 for slot, size in zip(slots, sizes, strict=True):
                     slot.record(size)
-        arrived = time.perf_counter()
+        arrived = pilot.measures.now()
         with record_function("exchange: decode"):
             scratch = self._borrow(
                 decode_scratch_bytes(self._layout, torch.float32, device=wire.buffers.device)
@@ -296,7 +296,7 @@ class _FramedCall:
         pilot.measures.add(
             route.direction,
             exchange_s=arrived - self._began,
-            decode_s=time.perf_counter() - arrived,
+            decode_s=pilot.measures.now() - arrived,
             sent_bytes=sum(self._others_lengths()),
             received_bytes=sum(self._arrival.sizes),
             transfers=1,

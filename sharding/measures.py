@@ -3,10 +3,12 @@
 Kept twice: for the log, since it last asked, and for the choice of modes, since the step before.
 """
 
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 
 from tightrec.compression.policy.config import Direction
 from tightrec.compression.telemetry import FrameTables
@@ -37,6 +39,8 @@ class DirectionMeasures:
 
     transfers: int = 0
     """Uses of a wire."""
+    timed: int = 0
+    """Steps whose times are in the sums below."""
     framed: int = 0
     """Of these, such that sent frames."""
     steps: int = 0
@@ -58,8 +62,10 @@ class DirectionMeasures:
 class Measures:
     """Collects; cheap enough for every step. Evaluations are left out: ``active`` says which is under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
         self.active = True
+        self._device = device
+        self._timed = True
         self._window = {way: DirectionMeasures() for way in DIRECTIONS}
         self._step = {way: DirectionMeasures() for way in DIRECTIONS}
 
@@ -73,12 +79,25 @@ class Measures:
         taken, self._step[way] = self._step[way], DirectionMeasures()
         return taken if taken.transfers else None
 
-    def begin_step(self, sampled: Mapping[Direction, bool]) -> None:
-        """A training step begins; by direction, whether it has frames that are looked into."""
+    def begin_step(self, sampled: Mapping[Direction, bool], timed: bool) -> None:
+        """A training step begins.
+
+        Args:
+            sampled: by direction, whether it has frames that are looked into.
+            timed: whether times of a GPU count, whose clock then waits for it; those of a CPU always do.
+        """
+        self._timed = timed or self._device.type == "cpu"
         for way in DIRECTIONS:
             for book in (self._window[way], self._step[way]):
                 book.steps += 1
                 book.sampled += sampled[way]
+                book.timed += self._timed
+
+    def now(self) -> float:
+        """Seconds of a clock; in a timed step on a GPU, once the device has come so far."""
+        if self._timed and self._device.type == "cuda":
+            torch.cuda.current_stream(self._device).synchronize()
+        return time.perf_counter()
 
     def _books(self, way: Direction) -> list[DirectionMeasures]:
         return [self._window[way], self._step[way]] if self.active else []
@@ -98,10 +117,11 @@ class Measures:
     ) -> None:
         """Add to the sums of a direction."""
         for book in self._books(way):
-            book.encode_s += encode_s
-            book.exchange_s += exchange_s
-            book.decode_s += decode_s
-            book.sizes_s += sizes_s
+            if self._timed:
+                book.encode_s += encode_s
+                book.exchange_s += exchange_s
+                book.decode_s += decode_s
+                book.sizes_s += sizes_s
             book.received_bytes += received_bytes
             book.sent_bytes += sent_bytes
             book.transfers += transfers

@@ -80,7 +80,7 @@ class ModeSteering:
     def _note(self, way: Direction, chooser: ModeChooser) -> None:
         """What the step before measured."""
         last = self._pilot.measures.take_step(way)
-        if last is None:
+        if last is None or not last.timed:
             return
         wire_bytes = max(last.sent_bytes, last.received_bytes)
         if not last.framed:

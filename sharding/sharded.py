@@ -150,6 +150,17 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
         assert ctx.bags is not None
         return self._send(ctx.bags, ctx.held, output)  # type: ignore[attr-defined]
 
+    def update_shards(self, *arguments: Any, **more: Any) -> None:
+        """Moving tables while a job runs is torchrec's alone.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "tables whose exchange is compressed cannot be resharded while a job runs: save a checkpoint and "
+            "load it into a job with the other plan."
+        )
+
     @torch.compiler.disable
     def _send(self, bags: Bags, held: list[np.ndarray], outputs: list[Tensor]) -> LazyAwaitable[KeyedTensor]:
         assert self._expansion is not None

@@ -6,11 +6,12 @@ import weakref
 from typing import Any
 
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder, ShardedEmbeddingBagCollection
 from torchrec.distributed.types import ParameterSharding, QuantizedCommCodecs, ShardingEnv
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
-from tightrec.sharding.codecs import codec_registry
+from tightrec.sharding.codecs import codec_registry, require_own
 from tightrec.sharding.compat import require_checked_torchrec, unsupported
 from tightrec.sharding.config import CodecConfig
 from tightrec.sharding.sharded import CompressedShardedEmbeddingBagCollection
@@ -30,10 +31,11 @@ class CompressedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     With ``dedup=False`` and no ``lossy`` or ``auto`` direction the module is torchrec's own.
 
     Args:
-        codec: what travels; default: both directions error-bounded at the default bounds.
         fused_params: as torchrec's.
         qcomm_codecs_registry: torchrec's own codecs; refused, ``codec`` says it.
         rest: further arguments of torchrec's sharder.
+        codec: what travels; default: both directions error-bounded at the default bounds.
+        more: further arguments of torchrec's sharder.
 
     Raises:
         ValueError: a torchrec release that this was not checked on, or a registry of codecs.
@@ -41,10 +43,11 @@ class CompressedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
 
     def __init__(
         self,
-        codec: CodecConfig = LOSSY,
         fused_params: dict[str, Any] | None = None,
         qcomm_codecs_registry: dict[str, QuantizedCommCodecs] | None = None,
-        **rest: Any,
+        *rest: Any,
+        codec: CodecConfig = LOSSY,
+        **more: Any,
     ) -> None:
         require_checked_torchrec()
         if qcomm_codecs_registry:
@@ -52,7 +55,8 @@ class CompressedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
                 "CompressedEmbeddingBagCollectionSharder does not take qcomm_codecs_registry: say "
                 "codec=CodecConfig(forward='int8', backward='fp16'), for example."
             )
-        super().__init__(fused_params=fused_params, **rest)
+        _refuse_half_outputs(fused_params or {})
+        super().__init__(fused_params, None, *rest, **more)
         self.codec = codec
         self._used = False
         _watched.add(self)
@@ -72,6 +76,7 @@ class CompressedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
         """
         self._used = True
         why = unsupported(module, env)
+        require_own(self.codec, device or torch.device("cpu"))
         if why:
             raise ValueError(
                 f"CompressedEmbeddingBagCollectionSharder: {why}. Shard it with torchrec's sharder."
@@ -94,6 +99,16 @@ class CompressedEmbeddingBagCollectionSharder(EmbeddingBagCollectionSharder):
     def sharded_module_type(self) -> type[ShardedEmbeddingBagCollection]:
         """See torchrec."""
         return CompressedShardedEmbeddingBagCollection
+
+
+def _refuse_half_outputs(fused_params: dict[str, Any]) -> None:
+    """The exchange takes float32 from the lookups; what travels is for ``codec`` to say."""
+    wanted = fused_params.get("output_dtype")
+    if wanted is not None and wanted != SparseType.FP32:
+        raise ValueError(
+            f"fused_params: output_dtype={wanted} is not supported by the compressed exchange, which takes "
+            "float32. Leave it out, and say codec=CodecConfig(forward='fp16') for half the bytes."
+        )
 
 
 _watched: "weakref.WeakSet[CompressedEmbeddingBagCollectionSharder]" = weakref.WeakSet()

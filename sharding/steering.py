@@ -48,7 +48,7 @@ class Steering:
         others = [table.name for table in tables if table.name not in travelling]
         self.codec = codec
         self.policy = BoundPolicy(codec.bound, facts, codec.budget_ne, others)
-        self.pilot = Pilot(config=codec, policy=self.policy, measures=Measures())
+        self.pilot = Pilot(config=codec, policy=self.policy, measures=Measures(device))
         self.probe = Probe(self.policy, parts, group, device)
         self.modes = ModeSteering(self.pilot, [table.name for table in facts], group, device)
         self._group, self._device = group, device
@@ -80,7 +80,7 @@ class Steering:
         self.modes.begin(step)
         pilot.exact = self._probing and self.policy.probe_due(step)
         pilot.sampling_rows = self._probing and self.policy.sample_due(step)
-        pilot.measures.begin_step({way: pilot.samples(way) for way in DIRECTIONS})
+        pilot.measures.begin_step({way: pilot.samples(way) for way in DIRECTIONS}, pilot.sampled)
 
     def _begin_evaluation(self) -> None:
         """Nothing of it is sampled or tried; a backward that is still to come finds its step again."""

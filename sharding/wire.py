@@ -4,7 +4,6 @@ A :class:`Wire` serves one direction of one leg for the life of a module; a :cla
 Error-bounded frames are a third kind, in :mod:`tightrec.sharding.framed_wire`.
 """
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -135,7 +134,7 @@ class _PlainCall:
         route = self._wire.route
         rank, width = route.peers.rank, self._sent.element_size()
         self._bytes = [(sum(counts) - counts[rank]) * width for counts in sizes]
-        self._began = time.perf_counter()
+        self._began = self._wire.measures.now()
         self._sending = all_to_all(
             route.peers, self._received, self._sent, sizes[1], sizes[0], route.direction, self._what
         )
@@ -144,7 +143,7 @@ class _PlainCall:
         self._sending.wait()
         self._wire.measures.add(
             self._wire.route.direction,
-            exchange_s=time.perf_counter() - self._began,
+            exchange_s=self._wire.measures.now() - self._began,
             sent_bytes=self._bytes[0],
             received_bytes=self._bytes[1],
             transfers=1,

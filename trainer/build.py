@@ -81,7 +81,7 @@ def build_task(config: JobConfig, ranks: Ranks, schema: Schema) -> Built:
     batch_size, dim = config.data.loader.batch_size, config.model.embedding_dim
     cluster = Cluster(world=ranks.world, local_world=ranks.local_world, device=ranks.device)
     sharder = CompressedEmbeddingBagCollectionSharder(
-        config.codec, fused_params=fused_parameters(config.optimizer.tables, ranks.device)
+        fused_parameters(config.optimizer.tables, ranks.device), codec=config.codec
     )
     plan = make_plan(tables, sharder, config.sharding, cluster, batch_size)
     if ranks.world > 1:

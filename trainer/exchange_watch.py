@@ -109,7 +109,8 @@ class ExchangeWatch:
             if getattr(steering.codec, way) not in FRAMED or not sum(self._plain[way].values()):
                 continue
             times = {
-                name: mine[f"{name}_s"] / mine["steps"] * 1e3 for name in ("encode", "exchange", "decode")
+                name: mine[f"{name}_s"] / max(mine["timed"], 1) * 1e3
+                for name in ("encode", "exchange", "decode")
             }
             self._log.codec(
                 step=step,
