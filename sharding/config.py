@@ -78,6 +78,10 @@ class CodecConfig:
     checksums: bool = False
     """Stamp frames with a CRC-32 and check it on arrival (CPU ranks)."""
 
+    exact_evaluation: bool = True
+    """Send float32 in forwards without gradients: the scores are then those of the model that will be served,
+    whose tables nobody exchanges."""
+
     refresh_every: int = 500
     """Steps between new codebooks for the entropy mode; the first come after 10."""
 

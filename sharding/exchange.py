@@ -63,11 +63,13 @@ class Exchange:
         """The wire for the codec in use at present."""
         of = self._legs[part][leg]
         codec: CodecName = getattr(self.pilot.config, direction)
-        if of.peers.size == 1:
+        exact = self.pilot.config.exact_evaluation and not self.pilot.training
+        if of.peers.size == 1 or exact:
             codec = "none"
         elif codec in FRAMED:
-            # Frames of nothing are left out.
-            idle = not self.parts[part].held and self.parts[part].kind != "spread"
+            # Frames of nothing are left out: inside a machine no rank has any, while other machines may.
+            inside = self.parts[part].kind == "two_level" and leg == 0
+            idle = inside and not self.parts[part].held
             plain = codec == "auto" and self.pilot.sends_plain(direction)
             codec = "none" if idle or plain else "lossy"
         key = (direction, codec)

@@ -8,8 +8,13 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
-from tightrec.compression.codec import MODES
-from tightrec.compression.policy.choice import ModeChooser, published_choice
+from tightrec.compression.codec import MODES, Mode
+from tightrec.compression.policy.choice import (
+    PUBLISHED_SPEEDS,
+    ModeChooser,
+    published_choice,
+    published_speed_up,
+)
 from tightrec.compression.policy.config import Direction
 from tightrec.compression.policy.estimates import ModeTrial
 from tightrec.sharding.config import FRAMED
@@ -128,7 +133,10 @@ class ModeSteering:
                     self._told.append(f"step {step}: {way} {how}: {verdict.reason}")
                 self._how[way] = how
                 pilot.plain[way] = verdict.plain
-            self._reports.append(chooser.report(step))
+            report = chooser.report(step)
+            if pilot.config.mode == "published":
+                report["tables"] = _published_tables(pilot.modes_by_table[way], chooser.ratios())
+            self._reports.append(report)
         pilot.modes_version += 1
 
     def _choose(self, way: Direction, chooser: ModeChooser) -> None:
@@ -168,6 +176,19 @@ class ModeSteering:
                 if getattr(self._pilot.config, way) == "auto":
                     self._pilot.plain[way] = bool(chooser.plain)
         self._pilot.modes_version += 1
+
+
+def _published_tables(
+    chosen: Mapping[str, Mode], ratios: Mapping[str, Mapping[Mode, float]]
+) -> dict[str, dict[str, Any]]:
+    """What the report says of tables whose mode follows from the published rule."""
+    told = {}
+    for table, mode in chosen.items():
+        speeds = {of: published_speed_up(ratios[table][of], of) for of in PUBLISHED_SPEEDS}
+        words = ", ".join(f"{of} {speed:.3g}x" for of, speed in speeds.items())
+        reason = f"published model: {words}"
+        told[table] = {"mode": mode, "reason": reason, "predicted_ms": None, "measured_ms": None}
+    return told
 
 
 def _steps_until(step: int, every: int) -> int:
