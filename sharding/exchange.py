@@ -10,7 +10,6 @@ from math import gcd
 
 import torch
 from torch import Tensor
-from torch import distributed as dist
 from torch.profiler import record_function
 
 from tightrec.compression.policy.config import Direction
@@ -18,8 +17,7 @@ from tightrec.sharding.config import FRAMED, CodecName
 from tightrec.sharding.framed_wire import FramedWire
 from tightrec.sharding.parts import LegStep, Part, Peers, Side, widest
 from tightrec.sharding.pilot import Pilot
-from tightrec.sharding.traffic import count
-from tightrec.sharding.transport import Buffers, floats, lost
+from tightrec.sharding.transport import Buffers, floats, tell_sizes
 from tightrec.sharding.wire import Call, PlainWire, Route, Wire
 
 
@@ -183,29 +181,20 @@ class ExchangeStep:
         asking = [part for part in calls if calls[part].sizes is not None]
         for group in {id(peers[part].group): peers[part] for part in asking}.values():
             parts = [part for part in asking if peers[part].group is group.group]
-            mine = torch.tensor([calls[part].sizes for part in parts], dtype=torch.int64).t().contiguous()
-            mine = mine.to(self._exchange.device)
-            theirs = torch.empty_like(mine)
-            began = self._exchange.pilot.measures.now()
-            try:
-                with record_function("exchange: sizes"):
-                    dist.all_to_all_single(theirs, mine, group=group.group)
-            except RuntimeError as error:
-                raise lost(group, what, error) from error
-            count(self._direction, 8 * len(parts) * (group.size - 1))
-            told_s, told_bytes = (
-                self._exchange.pilot.measures.now() - began,
-                8 * len(parts) * (group.size - 1),
-            )
-            self._exchange.pilot.measures.add(
+            mine = [calls[part].sizes or [] for part in parts]
+            measures = self._exchange.pilot.measures
+            began = measures.now()
+            with record_function("exchange: sizes"):
+                theirs = tell_sizes(group, mine, self._direction, what, self._exchange.device)
+            told_s, told_bytes = measures.now() - began, 8 * len(parts) * (group.size - 1)
+            measures.add(
                 self._direction,
                 exchange_s=told_s,
                 sizes_s=told_s,
                 sent_bytes=told_bytes,
                 received_bytes=told_bytes,
             )
-            columns = theirs.t().tolist()
-            told.update({part: columns[place] for place, part in enumerate(parts)})
+            told.update({part: theirs[place] for place, part in enumerate(parts)})
         return told
 
     def _arrive(self) -> dict[int, Tensor]:

@@ -208,7 +208,8 @@ class _FramedCall:
             for place, peer in enumerate(peers.others):
                 size = received[peer]
                 if size % FRAME_ALIGNMENT or not FRAME_HEADER_BYTES <= size <= limits[place]:
-                    raise_bad_size(peers, peer, size, limits[place], self._what)
+                    slots = wire.route.received[peer]
+                    raise_bad_size(peers, peer, size, limits[place], self._what, slots)
         self._arrival = Arrival(
             peers=peers,
             sizes=[received[peer] for peer in peers.others],

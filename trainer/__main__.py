@@ -23,6 +23,7 @@ def main(words: list[str]) -> int:
         require_versions()
         # Deferred so that a mismatched torch, torchrec and fbgemm are told in words by the line above
         # before a loader fails on them.
+        from tightrec.sharding.obituary import ExchangeError
         from tightrec.trainer import checkpoint, config, control, help_text, job
 
         if "--help" in words or "-h" in words:
@@ -57,7 +58,7 @@ def main(words: list[str]) -> int:
 
             return run_all(settings, overrides, job.run)
         return job.run(settings, plain, overrides)
-    except (ValueError, control.NotANumber, checkpoint.CheckpointFailed) as error:
+    except (ValueError, control.NotANumber, checkpoint.CheckpointFailed, ExchangeError) as error:
         _tell(error)
         return MISTAKEN if isinstance(error, ValueError) else FAILED
     except KeyboardInterrupt:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from tightrec.sharding.obituary import ExchangeError, last_words
 from tightrec.sharding.plan_table import plan_json, plan_text
 from tightrec.sharding.traffic import counted_traffic
 from tightrec.trainer.build import Built, build_task, open_sources
@@ -51,6 +52,7 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
         ranks = stack.enter_context(connected(config.train.device, config.train.timeout_s))
         folder, checkpoint = _folders(config, ranks)
         stack.enter_context(_traced_failure(folder, ranks))
+        stack.enter_context(_explained())
         request = stack.enter_context(stop_on_signals())
         if ranks.rank == 0:
             write_record(folder, plain, overrides)
@@ -274,6 +276,18 @@ def _close(
         bytes_per_step={purpose: count / steps for purpose, count in outcome.sent_bytes.items()},
         checkpoint=str(latest_complete(folder / CHECKPOINTS) or ""),
     )
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Tell the other ranks why this one ends, or find out why they did."""
+    try:
+        yield
+    except Exception as error:
+        words = last_words(error)
+        if words is None:
+            raise
+        raise ExchangeError(words) from error
 
 
 @contextmanager

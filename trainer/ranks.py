@@ -67,9 +67,11 @@ def connected(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Itera
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
     store, numbers = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
-    # torchrun's store outlives a job of this process: without a prefix of its own, the next job would read
-    # the addresses that this one leaves there.
-    store = dist.PrefixStore(f"job_{next(numbers)}", store)
+    # torchrun's store outlives a job of this process, and the processes that torchrun restarts: without a
+    # prefix of its own, the next job would read the addresses that this one leaves there. Several machines
+    # may count restarts differently; their launchers give every attempt a store of its own (launch/).
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") if local_world == world else "any"
+    store = dist.PrefixStore(f"attempt_{attempt}/job_{next(numbers)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     try:
         control = dist.new_group(backend="gloo", timeout=timeout)
