@@ -4,9 +4,10 @@
         --steps 200 --compare
 
 Everything between the batch and the update is torchrec's own: its DLRM, DLRMTrain, sharder, pipeline and
-optimizers. Batches, seeds, table placement and hyper-parameters are those of our default job, so that the
-losses must agree bit for bit. With ``--compare`` our trainer's loop runs on the same batches in the same
-processes, in turns with the plain one, and the ratio of rows per second is printed.
+optimizers. Batches, seeds, table placement and hyper-parameters are those of our default job, but for
+``codec.dedup=false``, so that the losses must agree bit for bit. With ``--compare`` our trainer's loop runs on
+the same batches in the same processes, in turns with the plain one, and the ratio of rows per second is
+printed.
 """
 
 import argparse
@@ -152,7 +153,7 @@ def main() -> int:
     parser.add_argument("--compare", action="store_true", help="run our trainer's step beside it")
     parser.add_argument("overrides", nargs="*", help="Hydra overrides of our default job")
     words = parser.parse_args()
-    config, _ = load(words.overrides)
+    config, _ = load(["codec.dedup=false", *words.overrides])
     with connected("cpu", 120) as ranks:
         losses, seconds = compared(config, ranks, words.steps, words.turn, words.compare)
         if ranks.rank == 0:

@@ -23,6 +23,8 @@ cores=$(getconf _NPROCESSORS_ONLN)
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > NPROC ? cores / NPROC : 1))}"
 # How long torchrun lets the ranks save a checkpoint after SIGTERM (its default is 30 s).
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-110}"
+# A restarted attempt gets a store of its own; in torchrun's shared one it would read addresses of the dead.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 if [[ -z "${TORCHRUN:-}" ]]; then
   TORCHRUN=torchrun

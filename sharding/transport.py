@@ -40,7 +40,9 @@ class Buffers:
             largest = max(self._free, key=Tensor.numel)
             self._free = [buffer for buffer in self._free if buffer is not largest]
         room = -(-int(size * _SPARE) // 64) * 64 + 64
-        return torch.empty(room, dtype=torch.uint8, device=self.device)
+        # One made in inference mode could not be written to in a training step.
+        with torch.inference_mode(False):
+            return torch.empty(room, dtype=torch.uint8, device=self.device)
 
     def give(self, *buffers: Tensor) -> None:
         """Hand back what :meth:`take` returned."""

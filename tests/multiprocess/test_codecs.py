@@ -1,4 +1,5 @@
-"""Every codec x sharding type x direction on two gloo ranks: it keeps its error, or is refused by name."""
+"""torchrec's codecs in its own collectives on two gloo ranks: with every sharding type, in both directions,
+each keeps its error or is refused by name. In our exchange only the device can refuse one."""
 
 from typing import get_args
 
@@ -14,12 +15,12 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
 from tightrec.sharding.codecs import Held, codec_registry, refusal, require_runnable
-from tightrec.sharding.config import CodecConfig, CodecName, ShardingConfig
+from tightrec.sharding.config import FRAMED, CodecConfig, CodecName, ShardingConfig
 from tightrec.sharding.plan import Cluster, make_plan, plan_rows
 from tightrec.sharding.traffic import counted_traffic
 
 DIM, BATCH, ROWS, TABLES = 16, 32, 64, 4
-CODECS = get_args(CodecName)
+CODECS = tuple(name for name in get_args(CodecName) if name not in FRAMED)
 EXCHANGED = ("table_wise", "column_wise", "row_wise", "table_row_wise")
 TYPES = (*EXCHANGED, "data_parallel")
 FEATURES = [f"f{i}" for i in range(TABLES)]
@@ -88,7 +89,7 @@ def _matrix(rank: int, world: int, kind: str):
     for direction in ("forward", "backward"):
         for name in CODECS:
             if refusal(name, direction, kind, "cpu") is None:
-                codec = CodecConfig(**{direction: name})
+                codec = CodecConfig(dedup=False, **{direction: name})
                 results[direction, name] = _step(world, rank, kind, codec)
     return results
 
@@ -120,7 +121,7 @@ def test_every_codec_that_is_not_refused_keeps_its_error_and_its_predicted_size(
 def test_a_refused_combination_names_codec_direction_table_and_type(kind, name):
     cpu = torch.device("cpu")
     for direction in ("forward", "backward"):
-        codec = CodecConfig(**{direction: name})
+        codec = CodecConfig(dedup=False, **{direction: name})
         if refusal(name, direction, kind, "cpu") is None:
             require_runnable(codec, [Held("t0", kind, 0, DIM)], BATCH, cpu)
             continue
@@ -129,7 +130,7 @@ def test_a_refused_combination_names_codec_direction_table_and_type(kind, name):
 
 
 def test_int8_refuses_a_batch_that_does_not_fill_its_groups():
-    cpu, int8 = torch.device("cpu"), CodecConfig(forward="int8")
+    cpu, int8 = torch.device("cpu"), CodecConfig(forward="int8", dedup=False)
     halves = [Held("t0", "column_wise", 0, 4), Held("t0", "column_wise", 1, 4)]
     with pytest.raises(ValueError, match=r"column_wise tables of rank 0 send 4 rows of 4 columns"):
         require_runnable(int8, halves, 4, cpu)
@@ -138,9 +139,25 @@ def test_int8_refuses_a_batch_that_does_not_fill_its_groups():
     )
 
 
+@pytest.mark.parametrize("name", [*CODECS, *FRAMED])
+def test_our_exchange_refuses_what_the_device_cannot_do_and_nothing_else(name):
+    cpu, plan = torch.device("cpu"), [Held("t0", kind, 0, 3) for kind in TYPES]
+    for direction in ("forward", "backward"):
+        codec = CodecConfig(**{direction: name})
+        require_runnable(codec, plan, 5, torch.device("cuda"))
+        if name == "fp8":
+            with pytest.raises(ValueError, match=rf"codec.{direction}=fp8 cannot run on cpu"):
+                require_runnable(codec, plan, 5, cpu)
+        else:
+            require_runnable(codec, plan, 5, cpu)
+    checked = CodecConfig(forward=name, checksums=True)
+    with pytest.raises(ValueError, match=r"codec\.checksums=true works on CPU"):
+        require_runnable(checked, plan, 5, torch.device("cuda"))
+
+
 def _refused_one_really_fails(rank: int, world: int) -> bool:
     """row-wise fp8 on CPU does not crash: it adds up bytes. The refusal must not be lifted unnoticed."""
-    error, *_ = _step(world, rank, "row_wise", CodecConfig(forward="fp8"))
+    error, *_ = _step(world, rank, "row_wise", CodecConfig(forward="fp8", dedup=False))
     return error > 1
 
 

@@ -68,7 +68,8 @@ def test_a_codec_changes_the_losses_a_little_and_the_bytes_a_lot(tmp_path: Path,
     plain, other = losses(tmp_path / "plain"), losses(tmp_path / codec)
     assert other != plain
     assert other[6] == pytest.approx(plain[6], rel=0.05)
-    ratio = {"fp16": 2, "int8": 3.2, "mx4": 4}[codec]
+    # What goes to one rank is filled up to whole groups of 32 values.
+    ratio = {"fp16": 2, "int8": 3.1, "mx4": 4}[codec]
     for direction in ("forward", "backward"):
         sent = [summary(tmp_path / name)["bytes_per_step"][direction] for name in ("plain", codec)]
         assert sent[0] / sent[1] >= ratio
@@ -202,7 +203,10 @@ def test_a_run_leaves_what_the_readme_lists(tmp_path: Path):
     run = summary(tmp_path)
     assert 0.5 < run["bayes_auc"]["test"] < 1
     predicted = sum(row["forward_bytes"] for row in run["plan"])
-    assert run["bytes_per_step"]["forward"] == predicted, "predicted bytes are not those sent"
+    assert 0 < run["bytes_per_step"]["forward"] < predicted, "dedup sent no less"
+    job(2, tmp_path / "all", "train.steps=4", "codec.dedup=false")
+    sent = summary(tmp_path / "all")["bytes_per_step"]["forward"]
+    assert sent == predicted, "predicted bytes are not those sent"
     assert not list(tmp_path.rglob("error-rank*"))
 
 

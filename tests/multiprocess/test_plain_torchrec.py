@@ -1,4 +1,5 @@
-"""codec=none is plain torchrec: the same losses, bit for bit, as the control program in benchmarks/."""
+"""codec=none without dedup is plain torchrec: the losses of the control program in benchmarks/, bit for bit;
+dedup changes the order of sums only."""
 
 import importlib.util
 from pathlib import Path
@@ -24,13 +25,21 @@ def _both(rank: int, world: int, words: list[str]) -> dict[str, list[float]]:
 
 @pytest.mark.multiprocess
 def test_sixty_steps_are_bit_identical_to_plain_torchrec():
-    for losses in run_ranks(2, _both, WORDS, connect=False, timeout=120):
+    for losses in run_ranks(2, _both, [*WORDS, "codec.dedup=false"], connect=False, timeout=120):
         assert len(losses["plain"]) == 60
         assert losses["plain"] == losses["ours"]
         assert losses["plain"][-1] < losses["plain"][0]
 
 
 @pytest.mark.multiprocess
+def test_dedup_keeps_the_losses_of_plain_torchrec():
+    for losses in run_ranks(2, _both, WORDS, connect=False, timeout=120):
+        assert losses["ours"] == pytest.approx(losses["plain"], rel=0, abs=1e-6)
+
+
+@pytest.mark.multiprocess
 def test_the_comparison_notices_another_codec():
-    for losses in run_ranks(2, _both, [*WORDS, "codec=fp16"], connect=False, timeout=120):
+    for losses in run_ranks(
+        2, _both, [*WORDS, "codec=fp16", "codec.dedup=false"], connect=False, timeout=120
+    ):
         assert losses["plain"] != losses["ours"]
