@@ -2,9 +2,10 @@
 
     python3 benchmarks/gpu.py --out runs/gpu        # or: make bench-gpu ARGS="--out runs/gpu"
 
-Takes under 8 minutes. Needs torch, CuPy, numpy and pytest, and no installation: the checkout's own folders
-become the package. Writes ``gpu.json`` and ``gpu.md`` under ``--out``. ``--dry-run`` goes through everything
-that a machine without a GPU can do, on a few values, with the reference backend.
+Takes under 10 minutes. Needs torch, CuPy, numpy and pytest, and no installation: the checkout's own folders
+become the package. Writes ``gpu.json`` and ``gpu.md`` under ``--out``, where ``gpu_exchange.py``, which it
+runs, writes two more. ``--dry-run`` goes through everything that a machine without a GPU can do, on a few
+values, with the reference backend.
 """
 
 import argparse
@@ -28,7 +29,11 @@ BOUND = 0.25
 MODES = ("packed", "dedup", "entropy")
 TESTS = "tests/cuda/test_codec_cuda.py"
 CHECKED_TESTS = "equal_the_reference and columns or damaged and dtype0 and (packed or entropy) or wild"
-TEST_SECONDS, CHECKER_SECONDS = 240, 120
+TEST_SECONDS, CHECKER_SECONDS, EXCHANGE_SECONDS = 240, 120, 180
+DRY_EXCHANGE = (
+    *("--device", "cpu", "--backend", "reference", "--modes", "packed"),
+    *("--peers", "2", "--tables", "2", "--rows", "8", "--dims", "32", "--samples", "1"),
+)
 
 
 def make_importable(folder: Path) -> None:
@@ -86,6 +91,13 @@ def run_tests() -> dict[str, Any]:
         PYTORCH_NO_CUDA_MEMORY_CACHING="1",
     )
     return results
+
+
+def run_exchange(out: Path, dry: bool) -> dict[str, Any]:
+    """The exchange of a step, which writes results of its own."""
+    script = str(Path(__file__).parent / "gpu_exchange.py")
+    words = [*DRY_EXCHANGE] if dry else []
+    return run_child([sys.executable, script, "--out", str(out.resolve()), *words], EXCHANGE_SECONDS)
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -180,6 +192,7 @@ def main(words: list[str] | None = None) -> int:
             "checks": {} if settings.skip_tests or settings.dry_run else run_tests(),
             **measure(settings, device, "reference" if settings.dry_run else ""),
         }
+        result["checks"]["exchange"] = run_exchange(settings.out, settings.dry_run)
     settings.out.mkdir(parents=True, exist_ok=True)
     (settings.out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     text = as_markdown(result)

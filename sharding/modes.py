@@ -24,7 +24,7 @@ from tightrec.sharding.pilot import Pilot
 _FIRST = 20
 """Training steps before the first examination: links and caches are warm by then."""
 _TRIALS = 4
-"""Tables tried at an examination; others keep their last measurements."""
+"""Tables tried at an examination after the first, which tries all; others keep their last measurements."""
 _SAMPLED_STEPS = 8
 """Steps before an examination whose frames are looked into."""
 _PLAIN_STEPS = (-5, -3)
@@ -53,8 +53,8 @@ class ModeSteering:
                 initial = config.mode if config.mode in MODES else "auto"
                 self._choosers[way] = ModeChooser(way, tables, initial=initial)
         self._trial = ModeTrial()
-        # As published, all tables are chosen for at once.
-        self._trials = len(self._tables) if config.mode == "published" else _TRIALS
+        # At first all; as published, all tables are chosen for at once each time.
+        self._trials = len(self._tables)
         self._due: dict[Direction, set[str]] = {}
         self._examined = False
         self._how: dict[Direction, str] = {}
@@ -80,6 +80,8 @@ class ModeSteering:
             self._due = {
                 way: set(chooser.trials_due(self._trials)) for way, chooser in self._choosers.items()
             }
+            if pilot.config.mode != "published":
+                self._trials = _TRIALS
         pilot.trial = self._try if self._examined else None
 
     def _note(self, way: Direction, chooser: ModeChooser) -> None:

@@ -102,6 +102,7 @@ class ExchangeWatch:
                 link_gb_s=report["link_gb_s"],
                 plain=report["plain"],
                 tables=tables,
+                reason=report["reason"],
             )
         for way in DIRECTIONS:
             mine = everybody[self._ranks.rank][way]

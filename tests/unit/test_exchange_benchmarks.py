@@ -89,6 +89,14 @@ def test_runs_that_did_not_finish_are_made_again(scripts: Any, tmp_path: Path, m
     assert {"data.path=prepared/jester", "experiment=ab_jester", "train.steps=3"} <= set(words[0])
 
 
+def test_a_way_of_sending_has_a_name_that_a_folder_can_have(scripts: Any) -> None:
+    named_words = scripts("runs").named_words
+    assert named_words("tight: codec=lossy a=range:0.02") == ("tight", ("codec=lossy", "a=range:0.02"))
+    for wrong in ("lossy", "codec=lossy", "../up: codec=lossy"):
+        with pytest.raises(ValueError, match="names no way of sending"):
+            named_words(wrong)
+
+
 def test_a_difference_is_of_equal_seeds_and_judged_by_plains_spread(scripts: Any, tmp_path: Path) -> None:
     quality, runs = scripts("quality"), scripts("runs")
     ways: dict[str, tuple[str, ...]] = {"plain": (), "lossy": (), "int8": ()}

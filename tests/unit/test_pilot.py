@@ -115,6 +115,7 @@ def test_evaluations_leave_no_trace(explicit: bool) -> None:
 def test_evaluations_are_never_exact_and_are_not_kept_for_a_probe() -> None:
     steering = _steering(CodecConfig(forward="lossy", budget_ne=1e-3, bound=BoundConfig(probe_every=2)))
     for _ in range(3):
+        assert not steering.probe.ready, "only a probe's step is kept"
         _train(steering)
     assert steering.pilot.exact and steering.probe.ready
     steering.probe._kept = None

@@ -261,7 +261,14 @@ class RunLog:
             self._write({"kind": "probe", "step": step, **figures, "tables": dict(tables)})
 
     def choice(
-        self, *, step: int, direction: Direction, link_gb_s: float | None, plain: bool, tables: Tables
+        self,
+        *,
+        step: int,
+        direction: Direction,
+        link_gb_s: float | None,
+        plain: bool,
+        tables: Tables,
+        reason: str | None = None,
     ) -> None:
         """Record how each table is sent from here on, and why.
 
@@ -270,9 +277,10 @@ class RunLog:
             link_gb_s: the measured link; None: not measured.
             plain: whether the link is too fast to gain, so that float32 is sent.
             tables: ``mode``, ``reason``, ``predicted_ms`` and ``measured_ms`` by table.
+            reason: why plain or compressed, with what was predicted of both.
         """
         if self.first:
-            figures = {"direction": direction, "link_gb_s": link_gb_s, "plain": plain}
+            figures = {"direction": direction, "link_gb_s": link_gb_s, "plain": plain, "reason": reason}
             self._write({"kind": "choice", "step": step, **figures, "tables": dict(tables)})
 
     def evaluation(self, split: str, step: int, scores: Scores) -> None:
