@@ -98,7 +98,7 @@ def named_words(text: str) -> tuple[str, tuple[str, ...]]:
         ValueError: there is no name, or it cannot be a folder's.
     """
     name, colon, words = text.partition(":")
-    if not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
+    if not colon or not re.fullmatch(r"[A-Za-z0-9_.-]+", name):
         raise ValueError(f'--also {text!r} names no way of sending. Write "NAME: OVERRIDE OVERRIDE ...".')
     return name, tuple(words.split())
 
