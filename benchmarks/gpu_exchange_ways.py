@@ -129,14 +129,14 @@ class Unbounded:
     """float32 as it is, or one of torchrec's fixed-rate formats, on ``rows`` [N, D]."""
 
     def __init__(self, rows: Tensor, codec: gpu_baselines.Baseline | None = None) -> None:
-        self._rows, self._codec = rows, codec
+        self._given_rows, self._codec = rows, codec
         self._wire = torch.empty(2, self.sent_bytes(), dtype=torch.uint8, device=rows.device)
         self._arrived = torch.empty_like(rows)
 
     def send(self, mark: Callable[[str], None]) -> Tensor:
         """See :class:`Transfer`."""
         if self._codec is None:
-            self._arrived.copy_(self._rows)
+            self._arrived.copy_(self._given_rows)
             mark("wire")
             return self._arrived
         self._codec.encode()
@@ -145,11 +145,11 @@ class Unbounded:
         mark("wire")
         arrived: Any = self._codec.decode()
         mark("decode")
-        return arrived.view(-1, self._rows.shape[1])
+        return arrived.view(-1, self._given_rows.shape[1])
 
     def sent_bytes(self) -> int:
         """See :class:`Transfer`."""
-        return 4 * self._rows.numel() if self._codec is None else self._codec.compressed_bytes()
+        return 4 * self._given_rows.numel() if self._codec is None else self._codec.compressed_bytes()
 
     def refresh(self) -> None:
         """See :class:`Transfer`: there are none."""
@@ -177,7 +177,7 @@ class Framed:
         backend: str,
     ) -> None:
         device, peers, tables = rows.device, batch.shape.peers, batch.shape.tables
-        self._rows, self._cells, self._waits, self._backend = rows, batch.cells, waits, backend
+        self._given_rows, self._cells, self._waits, self._backend = rows, batch.cells, waits, backend
         self._groups = [[*range(peers)]] if direction == "forward" else [[peer] for peer in range(peers)]
         whole = self._layout([*range(peers)])
         self._bounds, self._modes = Bounds.of(bound, whole.tables), Modes.of(mode, whole.tables)
@@ -196,17 +196,17 @@ class Framed:
         self._lengths: list[int] = []
 
     def _layout(self, peers: list[int]) -> Layout:
-        return Layout.of_cells((self._rows.numel(),), self._cells[peers])
+        return Layout.of_cells((self._given_rows.numel(),), self._cells[peers])
 
     def _encode(self) -> None:
         self._frames, self._layouts, room = [], [], 0
         for group, books in zip(self._groups, self._books, strict=True):
             layout = self._layout(group)
             self._waits.upload_layout(layout, "block table to encode")
-            sizes = torch.zeros(len(group), dtype=torch.int64, device=self._rows.device)
+            sizes = torch.zeros(len(group), dtype=torch.int64, device=self._given_rows.device)
             frames = Frames(self._sent[room:], sizes, torch.zeros_like(sizes))
             encode(
-                self._rows.view(-1), layout, self._bounds, self._modes, frames, self._scratch,
+                self._given_rows.view(-1), layout, self._bounds, self._modes, frames, self._scratch,
                 codebooks=books, backend=self._backend,
             )  # fmt: skip
             room += max_frame_bytes(layout, torch.float32)
@@ -245,7 +245,7 @@ class Framed:
             waits.upload(sizes, "sizes to decode"),
             waits.upload(starts, "offsets to decode"),
         )
-        status = torch.zeros(1, dtype=torch.int64, device=self._rows.device)
+        status = torch.zeros(1, dtype=torch.int64, device=self._given_rows.device)
         decode(
             frames, layout, self._arrived.view(-1), self._scratch,
             codebooks=self._known, status=status, backend=self._backend,
@@ -270,6 +270,6 @@ class Framed:
         for frames, layout in zip(self._frames, self._layouts, strict=True):
             bound = torch.from_numpy(frame_tables(frames.buffer, frames.offsets, frames.sizes, layout).bound)
             shares.append(
-                worst_error_over_bound(self._rows.view(-1), self._arrived.view(-1), layout, bound).max()
+                worst_error_over_bound(self._given_rows.view(-1), self._arrived.view(-1), layout, bound).max()
             )
         return float(torch.stack(shares).max())

@@ -5,8 +5,8 @@
 
 Everything between the batch and the update is torchrec's own: its DLRM, DLRMTrain, sharder, pipeline and
 optimizers. Batches, seeds, table placement and hyper-parameters are those of our default job, but for
-``codec.dedup=false``, so that the losses must agree bit for bit. With ``--compare`` our trainer's loop runs on
-the same batches in the same processes, in turns with the plain one, and the ratio of rows per second is
+``codec.dedup=false``, so that the losses must agree bit for bit. With ``--compare`` our trainer's loop runs
+on the same batches in the same processes, in turns with the plain one, and the ratio of rows per second is
 printed.
 """
 

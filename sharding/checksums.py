@@ -42,5 +42,6 @@ def mismatched(buffer: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> 
 
 def _crc(frame: np.ndarray) -> int:
     """Of a frame whose checksum field counts as zero."""
-    head = zlib.crc32(_EMPTY, zlib.crc32(frame[:_FIELD]))
-    return zlib.crc32(frame[_FIELD + 4 :], head)
+    memory = memoryview(frame)
+    head = zlib.crc32(_EMPTY, zlib.crc32(memory[:_FIELD]))
+    return zlib.crc32(memory[_FIELD + 4 :], head)
