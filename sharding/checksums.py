@@ -42,6 +42,6 @@ def mismatched(buffer: Tensor, offsets: Sequence[int], sizes: Sequence[int]) -> 
 
 def _crc(frame: np.ndarray) -> int:
     """Of a frame whose checksum field counts as zero."""
-    memory = memoryview(frame)
+    memory = frame.data
     head = zlib.crc32(_EMPTY, zlib.crc32(memory[:_FIELD]))
     return zlib.crc32(memory[_FIELD + 4 :], head)
