@@ -96,8 +96,11 @@ class _FramedCall:
         with record_function("exchange: encode"):
             self._frames = self._encode()
         self._lengths = [int(size) for size in torch.cat([f.sizes for f in self._frames]).tolist()]
-        self._seal()
+        if wire.pilot.config.checksums:
+            for frames in self._frames:
+                stamp(frames.buffer, frames.offsets.tolist(), frames.sizes.tolist())
         wire.pilot.measures.add(wire.route.direction, encode_s=clock() - began)
+        self._inspect()
         self._fixed = [slot.capacity for slot in wire.sent_slots]
         self.sizes = None if self._uses_slots else self._for_everybody(self._lengths)
 
@@ -143,12 +146,9 @@ class _FramedCall:
             written += closed
         return made
 
-    def _seal(self) -> None:
-        """Checksums and samples of what is about to be sent."""
+    def _inspect(self) -> None:
+        """What samples, shadow checks and trials of modes want to know; not in the encoding's time."""
         wire, pilot = self._wire, self._wire.pilot
-        if pilot.config.checksums:
-            for frames in self._frames:
-                stamp(frames.buffer, frames.offsets.tolist(), frames.sizes.tolist())
         if pilot.trial is not None or (pilot.sampling_rows and wire.route.direction == "forward"):
             self._show_rows()
         if pilot.sampled or pilot.shadowed:
@@ -219,7 +219,7 @@ class _FramedCall:
             labels=[wire.route.received[peer] for peer in peers.others],
             direction=wire.route.direction,
         )
-        self._sent_buffer, self._began = buffer, wire.pilot.measures.now()
+        self._sent_buffer = buffer
         self._sending = all_to_all(
             peers, self._arrival.buffer, buffer, received, sent, wire.route.direction, self._what
         )
@@ -270,6 +270,7 @@ class _FramedCall:
     def finish(self) -> None:
         """See :class:`tightrec.sharding.wire.Call`."""
         wire, route, pilot = self._wire, self._wire.route, self._wire.pilot
+        began = pilot.measures.now()
         self._sending.wait()
         if self._uses_slots:
             rests = []
@@ -296,7 +297,7 @@ class _FramedCall:
             copy_blocks(self._source.view(-1), own, self._target, self._given.cells[route.peers.rank])
         pilot.measures.add(
             route.direction,
-            exchange_s=arrived - self._began,
+            exchange_s=arrived - began,
             decode_s=pilot.measures.now() - arrived,
             sent_bytes=sum(self._others_lengths()),
             received_bytes=sum(self._arrival.sizes),

@@ -48,7 +48,7 @@ class DirectionMeasures:
     """Steps whose frames were looked into."""
     encode_s: float = 0.0
     exchange_s: float = 0.0
-    """From the first byte until everything had arrived, as far as the step waited for it."""
+    """What the step waited for sizes and for what was sent; none of it where something else overlapped."""
     decode_s: float = 0.0
     sizes_s: float = 0.0
     """Of ``exchange_s``, the time in which sizes were told."""

@@ -23,6 +23,8 @@ from tightrec.sharding.pilot import Pilot
 
 _FIRST = 20
 """Training steps before the first examination: links and caches are warm by then."""
+_WARM = 5
+"""First training steps whose times do not count."""
 _TRIALS = 4
 """Tables tried at an examination after the first, which tries all; others keep their last measurements."""
 _SAMPLED_STEPS = 8
@@ -68,7 +70,7 @@ class ModeSteering:
             return
         pilot = self._pilot
         for way, chooser in self._choosers.items():
-            self._note(way, chooser)
+            self._note(way, chooser, step)
         if self._examined:
             self._decide(step)
         into = -_steps_until(step, self._every)
@@ -84,10 +86,20 @@ class ModeSteering:
                 self._trials = _TRIALS
         pilot.trial = self._try if self._examined else None
 
-    def _note(self, way: Direction, chooser: ModeChooser) -> None:
+    def _note(self, way: Direction, chooser: ModeChooser, step: int) -> None:
         """What the step before measured."""
         last = self._pilot.measures.take_step(way)
         if last is None or not last.timed:
+            return
+        # A rank that held nothing counts too: these are means over ranks.
+        if last.sampled:
+            values = np.array([last.tables[t].values if t in last.tables else 0.0 for t in self._tables])
+            sent = np.array([last.tables[t].sent_bytes if t in last.tables else 0.0 for t in self._tables])
+            chooser.record_tables(values, sent)
+        # Looking into frames and trying modes delays whoever waits for them; the first steps compile and warm
+        # up. A GPU has no other timed steps than sampled ones.
+        looked = last.sampled and self._device.type == "cpu"
+        if step <= _WARM or looked or self._examined:
             return
         wire_bytes = max(last.sent_bytes, last.received_bytes)
         if not last.framed:
@@ -101,11 +113,6 @@ class ModeSteering:
             exchange_s=last.exchange_s - last.sizes_s,
             decode_s=last.decode_s,
         )
-        # A rank that held nothing counts too: these are means over ranks.
-        if last.sampled:
-            values = np.array([last.tables[t].values if t in last.tables else 0.0 for t in self._tables])
-            sent = np.array([last.tables[t].sent_bytes if t in last.tables else 0.0 for t in self._tables])
-            chooser.record_tables(values, sent)
 
     def _try(self, way: Direction, table: str, rows: Tensor) -> None:
         """Try every mode on a block of a table that is due."""

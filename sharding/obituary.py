@@ -103,7 +103,7 @@ def last_words(error: BaseException) -> str | None:
     """
     if isinstance(error, ExchangeError):
         return None
-    if isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and _BROKEN.search(str(error))):
+    if isinstance(error, dist.DistError) or (type(error) is RuntimeError and _BROKEN.search(str(error))):
         return f"a collective failed: {survey()} ({shortened(error)})"
     tell(f"{type(error).__name__}: {shortened(error)}")
     return None

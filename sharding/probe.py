@@ -5,7 +5,7 @@ received, at bounds of the policy's choosing, runs the dense layers again and co
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,25 +39,28 @@ class Probe:
     def __init__(self, policy: BoundPolicy, parts: Sequence[Part], group: Any, device: torch.device) -> None:
         self._policy, self._group, self._device = policy, group, device
         self._columns: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
-        self._traffic: dict[str, int] = defaultdict(int)
+        self._sent: list[tuple[str, str, int]] = []
         for part in parts:
             for slot in part.received:
                 if part.peers:
                     self._columns[slot.table].append((slot.name, slot.column, slot.dim))
-                    self._traffic[slot.table] += slot.dim
-        self._kept: tuple[int, KeyedTensor] | None = None
+                    # Of a sum, every rank sends a part.
+                    copies = part.peers[0].size if part.kind in ("sum", "two_level") else 1
+                    self._sent.append((slot.table, slot.feature, slot.dim * copies))
+        self._kept: tuple[int, KeyedTensor, Mapping[str, int]] | None = None
 
     @property
     def ready(self) -> bool:
         """Whether :meth:`run` has something to measure; the same on all ranks."""
         return self._kept is not None
 
-    def keep(self, step: int, pooled: KeyedTensor) -> None:
-        """Remember an exact pooled output."""
+    def keep(self, step: int, pooled: KeyedTensor, rows: Mapping[str, int]) -> None:
+        """Remember an exact pooled output, and how many distinct bags of each feature it came from."""
         values = pooled.values().detach()
         self._kept = (
             step,
             KeyedTensor(pooled.keys(), pooled.length_per_key(), values, key_dim=1),
+            rows,
         )
 
     def run(self, measure: Measure) -> dict[str, Any]:
@@ -67,7 +70,7 @@ class Probe:
             the record of kind ``probe`` (:mod:`tightrec.trainer.report.records`).
         """
         assert self._kept is not None
-        step, pooled = self._kept
+        step, pooled, bags = self._kept
         self._kept = None
         policy = self._policy
         plan = policy.probe_plan()
@@ -77,14 +80,19 @@ class Probe:
         with torch.no_grad():
             base, rows, positives = measure(pooled)
             rises = [self._rise(measure, pooled, base, bounds) for bounds in changed]
-        numbers = torch.stack([rows, positives, *rises]).double()
-        numbers = numbers.to(self._device)
+        sent = dict.fromkeys(self._columns, 0.0)
+        for table, feature, width in self._sent:
+            sent[table] += bags[feature] * width
+        volume = torch.tensor(list(sent.values()), dtype=torch.float64)
+        measured_here = torch.stack([rows, positives, *rises]).double()
+        numbers = torch.cat([volume.to(self._device), measured_here.to(self._device)])
         dist.all_reduce(numbers, group=self._group)
-        count, ones, *losses = numbers.tolist()
+        values = dict(zip(sent, numbers[: len(sent)].tolist(), strict=True))
+        count, ones, *losses = numbers[len(sent) :].tolist()
         entropy = _entropy(ones / count) if count else 0.0
         dne = [loss / count / entropy if entropy else float("nan") for loss in losses]
         measured = [(table, share, each) for (table, share), each in zip(plan, dne, strict=False)]
-        policy.observe_probe(step, measured, dne[-1], {t: float(v) for t, v in self._traffic.items()})
+        policy.observe_probe(step, measured, dne[-1], values)
         return policy.report()
 
     def _rise(self, measure: Measure, exact: KeyedTensor, base: Tensor, bounds: dict[str, Bound]) -> Tensor:

@@ -183,7 +183,7 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             pooled = KeyedTensor(
                 keys=self._output_names, length_per_key=self._output_dims, values=values, key_dim=1
             )
-            self.steering.landed(pooled)
+            self.steering.landed(pooled, bags.rows)
             return pooled
 
         return Pooled(land)

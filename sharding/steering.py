@@ -90,8 +90,8 @@ class Steering:
         pilot.training = pilot.measures.active = pilot.exact = pilot.sampling_rows = False
         pilot.trial = pilot.plain_now = None
 
-    def landed(self, pooled: KeyedTensor) -> None:
-        """A forward's pooled output has arrived."""
+    def landed(self, pooled: KeyedTensor, rows: Mapping[str, int]) -> None:
+        """A forward's pooled output has arrived, made of so many distinct bags by feature."""
         pilot = self.pilot
         if not pilot.training:
             for name, value in (self._interrupted or {}).items():
@@ -99,7 +99,7 @@ class Steering:
             pilot.measures.active = pilot.training
             self._interrupted = None
         elif pilot.exact:
-            self.probe.keep(pilot.step, pooled)
+            self.probe.keep(pilot.step, pooled, rows)
 
     def messages(self) -> list[str]:
         """Decisions since the last call, for the log."""

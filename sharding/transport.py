@@ -181,8 +181,15 @@ def await_work(work: dist.Work, peers: Peers, what: str, device: torch.device) -
                 work.wait()
             return
         except RuntimeError as error:
-            if not in_pieces or work.is_completed():
+            if not in_pieces:
                 raise lost(peers, what, error) from error
+            if work.is_completed():
+                # Done since the limit of this wait: it says now whether it succeeded.
+                try:
+                    work.wait()
+                except RuntimeError as late:
+                    raise lost(peers, what, late) from late
+                return
         reason = glance()
         if reason is not None:
             raise ExchangeError(f"{what} stops on rank {peers.ranks[peers.rank]}: {reason}")

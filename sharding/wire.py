@@ -134,16 +134,16 @@ class _PlainCall:
         route = self._wire.route
         rank, width = route.peers.rank, self._sent.element_size()
         self._bytes = [(sum(counts) - counts[rank]) * width for counts in sizes]
-        self._began = self._wire.measures.now()
         self._sending = all_to_all(
             route.peers, self._received, self._sent, sizes[1], sizes[0], route.direction, self._what
         )
 
     def finish(self) -> None:
+        began = self._wire.measures.now()
         self._sending.wait()
         self._wire.measures.add(
             self._wire.route.direction,
-            exchange_s=self._wire.measures.now() - self._began,
+            exchange_s=self._wire.measures.now() - began,
             sent_bytes=self._bytes[0],
             received_bytes=self._bytes[1],
             transfers=1,

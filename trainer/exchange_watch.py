@@ -138,6 +138,11 @@ class ExchangeWatch:
             for entry in entries:
                 modes.update(entry["modes"])
             plain = self._plain[way][name]
+            if max(worst, default=0.0) > 1:
+                self._log.warn(
+                    f"table {name}: an error of its {way} exchange was {max(worst):.3g} times its bound. "
+                    "This is a defect of the codec: please report it with the run folder."
+                )
             if sampled and modes:
                 tables[name] = {
                     "rows": plain / (4 * self._dims[name]),

@@ -66,7 +66,7 @@ def connected(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Itera
     place = _device(device, local_rank, local_world)
     backend = "cpu:gloo,cuda:nccl" if place.type == "cuda" else "gloo"
     timeout = timedelta(seconds=timeout_s)
-    store, numbers = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"])
+    store, numbers = _meeting_place(os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"], timeout)
     # torchrun's store outlives a job of this process, and the processes that torchrun restarts: without a
     # prefix of its own, the next job would read the addresses that this one leaves there. Several machines
     # may count restarts differently; their launchers give every attempt a store of its own (launch/).
@@ -81,9 +81,10 @@ def connected(device: Literal["auto", "cpu", "cuda"], timeout_s: float) -> Itera
 
 
 @cache
-def _meeting_place(address: str, port: str) -> tuple[dist.Store, Iterator[int]]:
+def _meeting_place(address: str, port: str, timeout: timedelta) -> tuple[dist.Store, Iterator[int]]:
     """The store in which the ranks find each other, and a number for each job that meets there."""
-    store, _, _ = next(dist.rendezvous("env://"))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    store.set_timeout(timeout)
     return store, count()
 
 

@@ -17,6 +17,7 @@ LOSSLESS_BATCHES = ["data.synthetic.valid_rows=0", "data.synthetic.test_rows=0",
 MIXED = ["sharding=table_wise", "sharding.tables={t_C1: row_wise, t_C2: row_wise, t_C3: column_wise}"]
 LOOKING = ["codec.stats_every=1", "codec.shadow_every=1"]
 BUDGET = [
+    "train.epochs=2",
     *("codec=budget", "codec.budget_ne=0.01", "codec.stats_every=1", "codec.bound.probe_every=2"),
     *("codec.bound.probe_tables=80", "codec.bound.probe_needed=1", "train.eval_every=3"),
 ]

@@ -27,7 +27,13 @@ pytestmark = pytest.mark.multiprocess
 CASE = Case(kinds="t0rd0", batches=(16, 16))
 PROBED = replace(
     CASE,
-    codec=CodecConfig(forward="lossy", budget_ne=1e-3, bound=BoundConfig(probe_every=3), stats_every=0),
+    codec=CodecConfig(
+        forward="lossy",
+        budget_ne=1e-3,
+        bound=BoundConfig(probe_every=3),
+        stats_every=0,
+        exact_evaluation=False,
+    ),
 )
 
 
@@ -48,6 +54,8 @@ def _probes(rank: int, world: int) -> dict[str, Any]:
     for _ in range(8):
         same.append(torch.equal(_forward(ours, rank, world), exact))
         evaluated.append(torch.equal(ours.evaluate(batch_of(CASE, 0, rank, world)[0]), exact))
+    steering.pilot.config = replace(steering.pilot.config, exact_evaluation=True)
+    exactly = torch.equal(ours.evaluate(batch_of(CASE, 0, rank, world)[0]), exact)
     told: list[Any] = []
     observe = steering.policy.observe_probe
     steering.policy.observe_probe = lambda *args: (told.append(args), observe(*args))
@@ -63,6 +71,7 @@ def _probes(rank: int, world: int) -> dict[str, Any]:
     return {
         "same": same,
         "evaluated": evaluated,
+        "exactly": exactly,
         "losses": losses,
         "told": told,
         "record": record,
@@ -75,6 +84,7 @@ def test_a_probes_forward_is_exact_and_all_ranks_draw_the_mean_from_it():
     for rank in found:
         assert rank["same"] == [step in (3, 6) for step in range(8)]
         assert not any(rank["evaluated"]), "evaluations are no probes"
+        assert rank["exactly"], "codec.exact_evaluation"
     for what in ("told", "record", "state"):
         assert found[0][what] == found[1][what], what
     ((step, measured, total, values),) = found[0]["told"]

@@ -40,13 +40,13 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
 def _train(steering: Steering) -> None:
     with torch.enable_grad():
         steering.begin()
-    steering.landed(POOLED)
+    steering.landed(POOLED, {})
 
 
 def _evaluate(steering: Steering) -> None:
     with torch.no_grad():
         steering.begin()
-    steering.landed(POOLED)
+    steering.landed(POOLED, {})
 
 
 def _flags(steering: Steering) -> tuple[Any, ...]:
@@ -103,7 +103,7 @@ def test_evaluations_leave_no_trace(explicit: bool) -> None:
             assert not pilot.exact and not pilot.shadowed and not pilot.measures.active
             assert pilot.what == f"an evaluation after step {step + 1}"
             pilot.measures.add("forward", transfers=1, framed=1)
-            disturbed.landed(POOLED)
+            disturbed.landed(POOLED, {})
         # The backward of the step may still be to come.
         assert (pilot.trial, pilot.sampling_rows, pilot.sizes_wanted, pilot.training) == during
         assert _flags(disturbed) == _flags(quiet)

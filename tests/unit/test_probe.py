@@ -54,6 +54,9 @@ class _Policy:
         return {"step": self.told["step"]}
 
 
+ROWS = {"a": 5, "b": 7, "c": 11}
+
+
 def _pooled() -> KeyedTensor:
     values = torch.randn(40, 9, generator=torch.Generator().manual_seed(0))
     return KeyedTensor(["c", "b", "a"], [2, 3, 4], values)
@@ -93,7 +96,7 @@ def test_only_the_columns_of_tables_that_travel_are_quantised_each_shard_by_itse
         return torch.tensor(1.0), torch.tensor(10.0), torch.tensor(3.0)
 
     assert not probe.ready
-    probe.keep(6, exact)
+    probe.keep(6, exact, ROWS)
     assert probe.ready
     assert probe.run(measure) == {"step": 6}
     assert not probe.ready
@@ -108,7 +111,7 @@ def test_only_the_columns_of_tables_that_travel_are_quantised_each_shard_by_itse
             block = exact.values()[:, half]
             want = probing._rounded(block, Bound(value=share, of="range")) - block
             torch.testing.assert_close(found[:, half], want, rtol=0, atol=1e-6)
-    assert policy.told["values"] == {"t_a": 4.0, "t_b": 3.0}
+    assert policy.told["values"] == {"t_a": 5 * 4.0, "t_b": 7 * 3.0}, "distinct rows times columns"
 
 
 @pytest.mark.parametrize("ranks", [1, 3])
@@ -124,7 +127,7 @@ def test_what_is_measured_is_the_second_order_per_row_over_the_entropy_of_the_cl
         # A first-order term a thousand times larger, which a single direction of the error would show.
         return (1e3 * errors + errors.square()).sum(), torch.tensor(20.0), torch.tensor(5.0)
 
-    probe.keep(0, exact)
+    probe.keep(0, exact, ROWS)
     probe.run(measure)
     entropy = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75))
     ((table, share, dne),) = policy.told["measured"]
@@ -137,7 +140,7 @@ def test_what_is_measured_is_the_second_order_per_row_over_the_entropy_of_the_cl
 def test_a_probe_without_a_click_measures_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     probe, policy = _probe(monkeypatch)
     for rows in (torch.tensor(0.0), torch.tensor(20.0)):
-        probe.keep(0, _pooled())
+        probe.keep(0, _pooled(), ROWS)
         probe.run(lambda pooled, rows=rows: (pooled.values().sum(), rows, torch.tensor(0.0)))
         assert math.isnan(policy.told["total"])
 

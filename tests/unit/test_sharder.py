@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from fbgemm_gpu.split_embedding_configs import SparseType
 from torchrec.distributed.types import ShardingEnv2D
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
 from tightrec.sharding import compat
+from tightrec.sharding.sharded import CompressedShardedEmbeddingBagCollection
 from tightrec.sharding.sharder import CompressedEmbeddingBagCollectionSharder
 
 
@@ -39,3 +41,14 @@ def test_an_unknown_torchrec_is_refused_with_those_that_are_known(monkeypatch: p
     monkeypatch.setattr(compat, "version", lambda name: "2.0.0")
     with pytest.raises(ValueError, match=r"torchrec 2\.0\.0 .*1\.8\.0"):
         CompressedEmbeddingBagCollectionSharder()
+
+
+def test_half_precision_lookups_are_refused_with_what_to_say_instead() -> None:
+    with pytest.raises(ValueError, match=r"output_dtype.*forward='fp16'"):
+        CompressedEmbeddingBagCollectionSharder({"output_dtype": SparseType.FP16})
+
+
+def test_moving_tables_in_a_running_job_is_refused() -> None:
+    module = CompressedShardedEmbeddingBagCollection.__new__(CompressedShardedEmbeddingBagCollection)
+    with pytest.raises(ValueError, match="checkpoint"):
+        module.update_shards({}, None, None)
