@@ -96,10 +96,10 @@ class ModeSteering:
             values = np.array([last.tables[t].values if t in last.tables else 0.0 for t in self._tables])
             sent = np.array([last.tables[t].sent_bytes if t in last.tables else 0.0 for t in self._tables])
             chooser.record_tables(values, sent)
-        # Looking into frames and trying modes delays whoever waits for them; the first steps compile and warm
-        # up. A GPU has no other timed steps than sampled ones.
-        looked = last.sampled and self._device.type == "cpu"
-        if step <= _WARM or looked or self._examined:
+        # Trying modes and checking errors delays whoever waits for the frames; the first steps compile.
+        every = self._pilot.config.shadow_every
+        checked = every > 0 and (step - 1) % every == 0
+        if step <= _WARM or checked or self._examined:
             return
         wire_bytes = max(last.sent_bytes, last.received_bytes)
         if not last.framed:
