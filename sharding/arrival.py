@@ -65,28 +65,28 @@ class Arrival:
             if true[place] % FRAME_ALIGNMENT or not FRAME_HEADER_BYTES <= true[place] <= self.limits[place]:
                 raise_bad_size(peers, peer, true[place], self.limits[place], self.what, self.labels[place])
         self.offsets, self.sizes = starts, true
-        try:
-            works = [
-                dist.isend(rest, peers.ranks[peer], group=peers.group)
-                for peer, rest in zip(peers.others, rests, strict=True)
-                if rest.numel()
-            ]
-            count(self.direction, sum(rest.numel() for rest in rests))
-            if all(size <= slot for size, slot in zip(true, slots, strict=True)):
-                for work in works:
-                    work.wait()
-                return []
-            whole, at = buffers.take(sum(true)), 0
-            offsets = []
+        moves = [
+            dist.P2POp(dist.isend, rest, peers.ranks[peer], peers.group)
+            for peer, rest in zip(peers.others, rests, strict=True)
+            if rest.numel()
+        ]
+        count(self.direction, sum(rest.numel() for rest in rests))
+        borrowed = []
+        if any(size > slot for size, slot in zip(true, slots, strict=True)):
+            whole, at, offsets = buffers.take(sum(true)), 0, []
+            borrowed = [whole]
             for place, peer in enumerate(peers.others):
                 fitting = min(true[place], slots[place])
                 whole[at : at + fitting] = self.buffer[starts[place] : starts[place] + fitting]
                 if true[place] > fitting:
                     room = whole[at + fitting : at + true[place]]
-                    works.append(dist.irecv(room, peers.ranks[peer], group=peers.group))
+                    moves.append(dist.P2POp(dist.irecv, room, peers.ranks[peer], peers.group))
                 offsets.append(at)
                 at += true[place]
-            for work in works:
+            self.buffer, self.offsets = whole, offsets
+        try:
+            # Together: NCCL would connect pairs one by one, in another order on each rank, and never end.
+            for work in dist.batch_isend_irecv(moves) if moves else ():
                 work.wait()
         except RuntimeError as error:
             awaited = [
@@ -94,8 +94,7 @@ class Arrival:
             ]
             what = f"{self.what}, waiting for the rest of frames from rank(s) {awaited},"
             raise lost(peers, what if awaited else self.what, error) from error
-        self.buffer, self.offsets = whole, offsets
-        return [whole]
+        return borrowed
 
     def decode(
         self, layout: Layout, target: Tensor, scratch: Tensor, books: ReceivedCodebooks, checksums: bool
