@@ -41,7 +41,7 @@ def test_every_choice_of_every_group_runs_or_is_refused_by_name(tmp_path: Path):
     words = [[f"{group}={choice}", "model.embedding_dim=8"] for group, choice in choices]
     # The MLPerf shape is a wide network: its smaller twin runs in the same code.
     words = [[*w, "model.cross_rank=4", "model.bottom_layers=[8]", "model.top_layers=[8]"] for w in words]
-    ended = run_ranks(2, _jobs, str(tmp_path), words, connect=False, timeout=240)
+    ended = run_ranks(2, _jobs, str(tmp_path), words, connect=False, timeout=280)
     assert ended[0] == ended[1]
     for choice, outcome in zip(choices, ended[0], strict=True):
         assert expected_refusals.get(choice, "ran") in outcome, (choice, outcome)
