@@ -101,7 +101,7 @@ def test_a_signal_saves_exits_0_with_words_and_the_run_goes_on_from_there(tmp_pa
 def test_help_and_cfg_start_nothing():
     status, out, _ = finish(start("--help", ranks=0))
     assert status == 0
-    assert "codec=bf16|fp16|fp8|int8|mx4|none" in out
+    assert "codec=auto|bf16|budget|fp16|fp8|int8|lossy|mx4|none|sc24" in out
     status, out, _ = finish(start("--cfg", "model=dcnv2", ranks=0))
     assert status == 0
     assert "architecture: dcnv2" in out
