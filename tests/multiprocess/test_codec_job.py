@@ -1,6 +1,5 @@
 """Whole jobs with the compressed exchange: records add up, a budget is followed, mistakes are told."""
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ BUDGET = [
 def _jobs(rank: int, world: int, jobs: list[tuple[Path, list[str]]]) -> None:
     """Several jobs in the same processes, to save their start."""
     for folder, words in jobs:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         resumed = [f"resume={folder}"] if (folder / "checkpoints").is_dir() else [f"run_folder={folder}"]
         run_job(rank, world, [*SMALL, *LOSSLESS_BATCHES, *words, *resumed])
 
@@ -164,7 +162,6 @@ def test_mistakes_in_bounds_are_told_before_anything_starts(words: list[str], to
 def _refused(rank: int, world: int, folder: Path, all_words: list[list[str]]) -> list[str]:
     told = []
     for words in all_words:
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         with pytest.raises(ValueError, match="codec") as error:
             run_job(rank, world, [*SMALL, f"run_folder={folder}", "codec=lossy", *words])
         told.append(str(error.value))

@@ -21,7 +21,6 @@ def _jobs(rank: int, world: int, folder: str, all_words: list[list[str]]) -> lis
     """Several jobs in the same processes, to save their start; what each ended with."""
     ended = []
     for number, words in enumerate(all_words):
-        os.environ["MASTER_PORT"] = str(int(os.environ["MASTER_PORT"]) + 1)
         try:
             run_job(rank, world, [*SMALL, "train.steps=2", f"run_folder={folder}/{number}", *words])
             ended.append("ran")

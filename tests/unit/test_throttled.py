@@ -81,6 +81,12 @@ def run(*words: object, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, timeout=60)
 
 
+def _heed_signals() -> None:
+    """A shell's background job or nohup ignores these, and bash cannot trap what it finds ignored."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(*words: object, **environment: str) -> subprocess.Popen[str]:
     # A shell's background hands down ignored signals, which no script can trap.
     return subprocess.Popen(
@@ -88,7 +94,7 @@ def start(*words: object, **environment: str) -> subprocess.Popen[str]:
         env=os.environ | environment,
         stderr=subprocess.PIPE,
         text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=_heed_signals,
     )
 
 
