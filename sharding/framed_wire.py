@@ -219,7 +219,6 @@ class _FramedCall:
             labels=[wire.route.received[peer] for peer in peers.others],
             direction=wire.route.direction,
         )
-        self._sent_buffer = buffer
         self._sending = all_to_all(
             peers, self._arrival.buffer, buffer, received, sent, wire.route.direction, self._what
         )

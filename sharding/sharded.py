@@ -33,6 +33,9 @@ from tightrec.sharding.parts import Part
 from tightrec.sharding.steering import Steering
 from tightrec.sharding.step import Bags, Land, Launch, Step
 
+_EPSILON = 1e-6
+"""torchrec's guard against empty bags in MEAN pooling after the exchange."""
+
 
 @dataclass
 class ExchangeContext(EmbeddingBagCollectionContext):
@@ -111,7 +114,7 @@ class CompressedShardedEmbeddingBagCollection(ShardedEmbeddingBagCollection):
             at = 0
             for key, count in rows.items():
                 if key in self._mean:
-                    divisors[key] = sizes[at : at + count] + 1e-6
+                    divisors[key] = sizes[at : at + count] + _EPSILON
                     filled[key] = (lengths[at : at + count] > 0).to(torch.float32)
                 at += count
         return Bags(

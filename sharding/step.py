@@ -22,9 +22,6 @@ from tightrec.sharding.expand import Expansion
 from tightrec.sharding.parts import Part, held_cells, leg_steps
 from tightrec.sharding.transport import floats
 
-_EPSILON = 1e-6
-"""torchrec's guard against empty bags in MEAN pooling after the exchange."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Bags:

@@ -26,7 +26,6 @@ class ExchangeWatch:
         steering: of the exchange; None: torchrec's own exchange is in use and there is nothing to do.
         task: holds the model whose loss probes compare.
         plain_plan: bytes of plain float32 by table.
-        batch_size: rows of a batch on each rank.
         ranks: all of them.
         log: of the run.
     """
@@ -36,7 +35,6 @@ class ExchangeWatch:
         steering: Steering | None,
         task: nn.Module,
         plain_plan: Sequence[PlanRow],
-        batch_size: int,
         ranks: Ranks,
         log: RunLog,
     ) -> None:

@@ -90,8 +90,7 @@ def _train(
     loaders = {split: _loader(config, source, split, ranks) for split, source in sources.items()}
     checkpointer = Checkpointer(folder / CHECKPOINTS, config.train.checkpoint)
     progress = Progress(step=0, position=loaders["train"].start(0))
-    batch_size = config.data.loader.batch_size
-    exchange = ExchangeWatch(built.steering, built.task, built.plain_plan, batch_size, ranks, log)
+    exchange = ExchangeWatch(built.steering, built.task, built.plain_plan, ranks, log)
     if checkpoint is not None:
         extra = checkpointer.load(checkpoint, {"model": built.task, "optimizer": built.optimizer})
         progress = Progress(

@@ -16,17 +16,17 @@ the SC'24 paper instead.
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from tightrec.compression.codec import MODES, Mode
+from tightrec.compression.policy.config import Direction
 from tightrec.compression.policy.costs import MODE_NUMBERS, TableCosts
 from tightrec.compression.policy.estimates import Link, LinkEstimate, Trial
 
-Direction = Literal["forward", "backward"]
 PUBLISHED_LINK_GB_S = 4.0
 PUBLISHED_SPEEDS: dict[Mode, tuple[float, float]] = {"dedup": (45.0, 290.0), "entropy": (60.0, 40.0)}
 """GB/s of compress and decompress on an A100: vector LZ, whose place dedup takes here, and Huffman."""

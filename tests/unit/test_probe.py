@@ -168,7 +168,7 @@ def test_padding_rows_do_not_count_in_a_probes_loss(monkeypatch: pytest.MonkeyPa
     steering = SimpleNamespace(probe=Stub(), codec=SimpleNamespace(framed=True))
     told: list[int] = []
     log = SimpleNamespace(probe=lambda step, **rest: told.append(step))
-    watch = ExchangeWatch(steering, nn.ModuleList([_Dense()]), [], 4, None, log)  # type: ignore[arg-type]
+    watch = ExchangeWatch(steering, nn.ModuleList([_Dense()]), [], None, log)  # type: ignore[arg-type]
     for rows in (4, 3):
         pooled = KeyedTensor(["a"], [2], _pooled().values()[:rows, :2])
         weights = torch.tensor([1.0, 1, 1, 0])[:rows]

@@ -10,6 +10,7 @@ from typing import Any, Literal, Self
 
 from rich.console import Console
 
+from tightrec.compression.policy.config import Direction
 from tightrec.trainer.metrics import Scores
 from tightrec.trainer.report.closing import final_table
 from tightrec.trainer.report.config import LoggingConfig
@@ -21,7 +22,6 @@ from tightrec.trainer.report.records import RUN_FILE, RecordFile, read_run, writ
 from tightrec.trainer.report.tensorboard import Scalars
 from tightrec.trainer.step_split import TimeSplit, mean
 
-Direction = Literal["forward", "backward"]
 Tables = Mapping[str, Mapping[str, Any]]
 
 _EARLIER = ("command", "started", "ended", "status", "reason", "steps")
