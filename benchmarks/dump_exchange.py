@@ -29,11 +29,12 @@ import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tightrec.formats.columns import Source
+from tightrec.models.scores import Scores
 from tightrec.trainer.build import build_task, open_sources
 from tightrec.trainer.config import JobConfig, load
 from tightrec.trainer.data.loader import Loader
-from tightrec.trainer.data.source import Source
-from tightrec.trainer.metrics import Evaluation, Scores
+from tightrec.trainer.metrics import Evaluation
 from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import PlainLoop
 from tightrec.trainer.ranks import connected

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from tightrec.trainer.checkpoint_files import find_checkpoints
+from tightrec.formats.checkpoint_files import find_checkpoints
 
 SETTINGS = [
     "codec=lossy",

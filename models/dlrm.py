@@ -14,30 +14,7 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from tightrec.models.config import ModelConfig
-
-
-class DotInteraction(nn.Module):
-    """All pairwise dot products of a row's N vectors, after the dense vector (Naumov et al. 2019).
-
-    The values are those of ``torchrec.models.dlrm.InteractionArch``. The upper triangle is taken by one
-    ``index_select`` on the flattened products: its backward writes each position once, where the
-    backward of the two-index gather runs a serial accumulating scatter on CPU.
-
-    Example: dense vector d and sparse vectors a, b give the columns (d, d.a, d.b, a.b).
-    """
-
-    pairs: Tensor
-
-    def __init__(self, vectors: int, device: torch.device | None = None) -> None:
-        super().__init__()
-        first, second = torch.triu_indices(vectors, vectors, offset=1, device=device)
-        self.register_buffer("pairs", first * vectors + second, persistent=False)
-
-    def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
-        """Map [B, D] and F times [B, D] to [B, D + N (N - 1) / 2], N = F + 1."""
-        vectors = _side_by_side(dense, sparse).unflatten(1, (-1, sparse[0].shape[1]))
-        products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
-        return torch.cat((dense, products), dim=1)
+from tightrec.models.interaction import DotInteraction, side_by_side
 
 
 class CrossInteraction(nn.Module):
@@ -50,7 +27,7 @@ class CrossInteraction(nn.Module):
 
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
         """Map [B, D] and F times [B, D] to [B, N * D], N = F + 1."""
-        return self.crossnet(_side_by_side(dense, sparse))
+        return self.crossnet(side_by_side(dense, sparse))
 
 
 class LearnedConstant(nn.Module):
@@ -152,11 +129,6 @@ class _PooledColumns(nn.Module):
     def forward(self, pooled: KeyedTensor) -> list[Tensor]:
         columns = pooled.to_dict()
         return [columns[name] for name in self.names]
-
-
-def _side_by_side(dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
-    """[B, N * D]; autocast has made ``dense`` bfloat16, and cat would make it float32 again."""
-    return torch.cat([dense, *(column.to(dense.dtype) for column in sparse)], dim=1)
 
 
 def build_tables(

@@ -9,6 +9,9 @@ from torchrec.distributed.model_parallel import DistributedModelParallel
 from torchrec.distributed.types import EmbeddingModuleShardingPlan, ShardingPlan
 from torchrec.optim.keyed import CombinedOptimizer
 
+from tightrec.formats.columns import Source
+from tightrec.formats.parquet import ParquetSource
+from tightrec.formats.schema import Schema, load_schema
 from tightrec.models.dlrm import DLRM, build_tables
 from tightrec.sharding.codecs import require_runnable
 from tightrec.sharding.config import CodecConfig
@@ -17,9 +20,6 @@ from tightrec.sharding.sharded import CompressedShardedEmbeddingBagCollection
 from tightrec.sharding.sharder import CompressedEmbeddingBagCollectionSharder
 from tightrec.sharding.steering import Steering
 from tightrec.trainer.config import DataConfig, JobConfig
-from tightrec.trainer.data.parquet import ParquetSource
-from tightrec.trainer.data.schema import Schema, load_schema
-from tightrec.trainer.data.source import Source
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.optimizer import LearningRate, build_optimizer, fused_parameters
 from tightrec.trainer.ranks import Ranks

@@ -2,7 +2,7 @@
 
 A save is collective. In the background it copies the state to CPU memory first and then writes from a
 thread, whose collectives run on a gloo group of its own beside training. See
-:mod:`tightrec.trainer.checkpoint_files` for what is on disk.
+:mod:`tightrec.formats.checkpoint_files` for what is on disk.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torchrec.optim.keyed import KeyedOptimizer
 
-from tightrec.trainer import checkpoint_files as files
+from tightrec.formats import checkpoint_files as files
 from tightrec.trainer import checkpoint_match as match
 from tightrec.trainer.checkpoint_state import (
     Leaf,

@@ -1,7 +1,7 @@
 """A job's whole configuration; the only module that sees Hydra.
 
 The groups of ``conf/`` fill the dataclasses below, one field a group. Unknown settings and wrong types are
-errors (:mod:`tightrec.trainer.settings`); what is set but not used is named by :func:`unused_settings`.
+errors (:mod:`tightrec.formats.settings`); what is set but not used is named by :func:`unused_settings`.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tightrec.formats.settings import from_mapping, keys_of
 from tightrec.models.config import ModelConfig
 from tightrec.sharding.config import CodecConfig, ShardingConfig
 from tightrec.trainer.checkpoint import CheckpointConfig
@@ -27,7 +28,6 @@ from tightrec.trainer.metrics import MetricsConfig
 from tightrec.trainer.optimizer import OptimizerConfig, ScheduleConfig
 from tightrec.trainer.pipeline import PipelineName
 from tightrec.trainer.report.config import LoggingConfig
-from tightrec.trainer.settings import from_mapping, keys_of
 
 CONF_MODULE = "tightrec.conf"
 ROOT = "config"

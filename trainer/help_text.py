@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from importlib import resources
 from typing import Any, get_type_hints
 
+from tightrec.formats.settings import field_docstrings
 from tightrec.trainer.config import CONF_MODULE, JobConfig
-from tightrec.trainer.settings import field_docstrings
 
 _HEAD = """\
 torchrun --standalone --nproc-per-node 2 -m tightrec.trainer [group=choice ...] [key=value ...]

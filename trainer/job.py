@@ -15,17 +15,17 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from tightrec.formats.checkpoint_files import find_checkpoints, latest_complete
+from tightrec.formats.columns import Source
 from tightrec.sharding.obituary import ExchangeError, last_words
 from tightrec.sharding.plan_table import plan_json, plan_text
 from tightrec.sharding.traffic import counted_traffic
 from tightrec.trainer.build import Built, build_task, open_sources
 from tightrec.trainer.checkpoint import Checkpointer
-from tightrec.trainer.checkpoint_files import find_checkpoints, latest_complete
 from tightrec.trainer.config import CHECKPOINTS, JobConfig, unused_settings, write_record
 from tightrec.trainer.control import Control, StopRequest, stop_on_signals
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
-from tightrec.trainer.data.source import Source
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.exchange_watch import ExchangeWatch
 from tightrec.trainer.loop import Outcome, Progress, Trainer

@@ -10,16 +10,17 @@ import torch
 from torch import distributed as dist
 from torch import nn
 
+from tightrec.formats.checkpoint_files import find_checkpoints, step_of
+from tightrec.models.scores import Scores
 from tightrec.sharding.traffic import Traffic
 from tightrec.trainer.checkpoint import Checkpointer
-from tightrec.trainer.checkpoint_files import find_checkpoints, step_of
 from tightrec.trainer.config import TrainConfig
 from tightrec.trainer.control import Control, NotANumber
 from tightrec.trainer.data.batch import Batch
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
 from tightrec.trainer.exchange_watch import ExchangeWatch
-from tightrec.trainer.metrics import Evaluation, Scores, TrainWindow
+from tightrec.trainer.metrics import Evaluation, TrainWindow
 from tightrec.trainer.optimizer import LearningRate
 from tightrec.trainer.pipeline import Drained, Pipeline
 from tightrec.trainer.ranks import Ranks

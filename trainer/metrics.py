@@ -15,8 +15,7 @@ from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional
 
-_SUMS = 5
-"""Sums over rows: weight, log loss, label, predicted probability, logits that are not finite."""
+from tightrec.models.scores import SUMS, Scores, auc_of_groups, auc_of_rows, row_sums, scores_of
 
 _SQUASH = 8.0
 """Logits z are binned by z / (8 + |z|): finest near 0, unbounded range, no logit out of reach."""
@@ -39,33 +38,6 @@ class MetricsConfig:
             raise ValueError(f"train.metrics.bins={self.bins} must lie between 256 and {2**24}.")
 
 
-@dataclass(frozen=True, kw_only=True)
-class Scores:
-    """What a set of predictions is worth; NaN where the rows do not say, with the reason in ``note``."""
-
-    rows: int
-    """Real rows, all ranks together."""
-
-    log_loss: float
-    """Mean binary cross-entropy, in nats."""
-
-    ne: float
-    """Log loss divided by the entropy of the base rate: 1 is a constant guess, less is better (He et al.,
-    "Practical Lessons from Predicting Clicks on Ads at Facebook", 2014, section 3)."""
-
-    auc: float
-    """Probability that a random click is ranked above a random non-click, ties counting half."""
-
-    calibration: float
-    """Predicted clicks divided by actual clicks; 1 is perfect."""
-
-    base_rate: float
-    """Share of rows that are clicks."""
-
-    note: str = ""
-    """Why something above is NaN."""
-
-
 class TrainWindow:
     """Running log loss and NE of the training steps since it was made; has no AUC.
 
@@ -74,7 +46,7 @@ class TrainWindow:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(_SUMS, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(SUMS, dtype=torch.float64, device=device)
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
         """Add a step's rows; does not synchronise the device.
@@ -84,7 +56,7 @@ class TrainWindow:
             labels: [B], 0 or 1.
             weights: [B], 1, or 0 for a row to ignore.
         """
-        self._sums += _sums(logits, labels, weights)
+        self._sums += row_sums(logits, labels, weights)
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> Scores:
         """Scores of all rows of all ranks of ``process_group``, a collective; None: of this rank alone.
@@ -92,7 +64,7 @@ class TrainWindow:
         Args:
             process_group: must take tensors in host memory (gloo).
         """
-        return _scores(_reduced(self._sums, process_group), math.nan, "AUC is not kept over training steps")
+        return scores_of(_reduced(self._sums, process_group), math.nan, "AUC is not kept over training steps")
 
 
 class Evaluation:
@@ -107,7 +79,7 @@ class Evaluation:
         self._config = config
         bins = config.bins if config.auc == "binned" else 0
         # One buffer, so that one collective carries it: the sums, then clicks and non-clicks a bin.
-        self._buffer = torch.zeros(_SUMS + 2 * bins, dtype=torch.float64, device=device)
+        self._buffer = torch.zeros(SUMS + 2 * bins, dtype=torch.float64, device=device)
         self._rows: list[Tensor] = []
 
     def update(self, logits: Tensor, labels: Tensor, weights: Tensor) -> None:
@@ -118,7 +90,7 @@ class Evaluation:
             labels: [B], 0 or 1.
             weights: [B], 1, or 0 for a row to ignore.
         """
-        self._buffer[:_SUMS] += _sums(logits, labels, weights)
+        self._buffer[:SUMS] += row_sums(logits, labels, weights)
         logits = logits.float()
         if self._config.auc == "exact":
             self._rows.append(torch.stack([logits, labels.float(), weights.float()]).cpu())
@@ -127,7 +99,7 @@ class Evaluation:
         place = (1 + logits / (_SQUASH + logits.abs())) * (bins / 2)
         # Not-a-number goes to bin 0 to stay in range; _sums counts it and no AUC is made of it.
         index = place.nan_to_num(0.0).long().clamp_(0, bins - 1) + bins * (labels < 0.5)
-        self._buffer[_SUMS:].index_add_(0, index, weights.double())
+        self._buffer[SUMS:].index_add_(0, index, weights.double())
 
     def compute(self, process_group: dist.ProcessGroup | None = None) -> Scores:
         """Scores of all rows of all ranks of ``process_group``, a collective; None: of this rank alone.
@@ -138,40 +110,11 @@ class Evaluation:
         buffer = _reduced(self._buffer, process_group)
         if self._config.auc == "exact":
             rows = torch.cat(self._rows, dim=1) if self._rows else torch.zeros(3, 0)
-            auc = _auc_of_rows(_gathered(rows, process_group))
+            auc = auc_of_rows(*_gathered(rows, process_group))
         else:
-            clicks, others = buffer[_SUMS:].view(2, -1)
+            clicks, others = buffer[SUMS:].view(2, -1)
             auc = auc_of_groups(clicks, others)
-        return _scores(buffer[:_SUMS], auc)
-
-
-def auc_of_groups(clicks: Tensor, others: Tensor) -> float:
-    """AUC from the weight of clicks and of non-clicks [G] in groups of equal score, ascending.
-
-    Pairs inside a group count half, which is what midranks do. NaN where one kind is missing.
-    """
-    pairs = float(clicks.sum() * others.sum())
-    below = others.cumsum(0) - others
-    return float((clicks * (below + others / 2)).sum()) / pairs if pairs else math.nan
-
-
-def _auc_of_rows(rows: Tensor) -> float:
-    """Exact AUC of rows [3, B]: logit, label, weight."""
-    logits, order = rows[0].sort()
-    labels, weights = rows[1, order].double(), rows[2, order].double()
-    _, group = logits.unique_consecutive(return_inverse=True)
-    zeros = torch.zeros(int(group[-1]) + 1 if len(group) else 0, dtype=torch.float64)
-    clicks = zeros.index_add(0, group, weights * labels)
-    return auc_of_groups(clicks, zeros.index_add(0, group, weights * (1 - labels)))
-
-
-def _sums(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    logits, labels, weights = logits.double(), labels.double(), weights.double()
-    finite = logits.isfinite()
-    losses = functional.binary_cross_entropy_with_logits(logits, labels, reduction="none")
-    # A padding row's logit may be anything, and 0 x NaN is NaN.
-    rows = torch.stack([torch.ones_like(labels), losses, labels, logits.sigmoid(), (~finite).double()])
-    return torch.where(weights != 0, rows * weights, 0.0).sum(dim=1)
+        return scores_of(buffer[:SUMS], auc)
 
 
 def _reduced(values: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
@@ -195,24 +138,3 @@ def _gathered(rows: Tensor, process_group: dist.ProcessGroup | None) -> Tensor:
     parts = [torch.empty_like(padded) for _ in range(dist.get_world_size(process_group))]
     dist.all_gather(parts, padded, group=process_group)
     return torch.cat(parts, dim=1)
-
-
-def _scores(sums: Tensor, auc: float, note: str = "") -> Scores:
-    rows, loss, clicks, predicted, odd = sums.tolist()
-    if not rows:
-        note = "there were no rows"
-    elif odd:
-        note, auc = f"{odd:.0f} of {rows:.0f} logits are not finite", math.nan
-    elif clicks in (0.0, rows):
-        note, auc = f"all {rows:.0f} labels are {1 if clicks else 0}", math.nan
-    rate = clicks / rows if rows else math.nan
-    entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate)) if 0 < rate < 1 else math.nan
-    return Scores(
-        rows=round(rows),
-        log_loss=loss / rows if rows else math.nan,
-        ne=loss / rows / entropy if rows else math.nan,
-        auc=auc,
-        calibration=predicted / clicks if clicks else math.nan,
-        base_rate=rate,
-        note=note,
-    )

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
+from tightrec.formats.schema import load_schema
 from tightrec.trainer.data.prepare import __main__ as prepare
-from tightrec.trainer.data.schema import load_schema
 
 RUN = [sys.executable, "-m", "tightrec.trainer.data.prepare"]
 DAWDLING = """

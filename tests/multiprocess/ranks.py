@@ -80,6 +80,10 @@ def run_ranks(
                 else:
                     failures.append(payload)
                     deadline = min(deadline, time.monotonic() + 1.0)
+        # One that died while its children held its pipe open has not been heard of.
+        for rank, process in (ranks[receiver] for receiver in waiting):
+            if process.exitcode:
+                failures.append((f"rank {rank} ended with exit code {process.exitcode}.", None))
         if failures:
             raise RankFailure("\n".join(text for text, _ in failures)) from failures[0][1]
         for _, process in ranks.values():

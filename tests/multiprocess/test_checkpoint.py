@@ -15,7 +15,7 @@ import torch
 from checkpoint_job import Job, same_bits
 from ranks import RankFailure, run_ranks
 
-from tightrec.trainer import checkpoint_files as files
+from tightrec.formats import checkpoint_files as files
 from tightrec.trainer.checkpoint import CheckpointConfig, Checkpointer
 from tightrec.trainer.checkpoint_state import _single_optimizers
 

@@ -8,7 +8,7 @@ import torch
 from checkpoint_job import DIM, ROWS, Job, predictions_of, same_bits, unsharded
 from ranks import run_ranks
 
-from tightrec.trainer import checkpoint_files as files
+from tightrec.formats import checkpoint_files as files
 from tightrec.trainer.checkpoint import CheckpointConfig, Checkpointer, load_checkpoint
 
 pytestmark = pytest.mark.multiprocess

@@ -7,7 +7,7 @@ import pytest
 from jobs import SMALL, records, run_job
 from ranks import run_ranks
 
-from tightrec.trainer import checkpoint_files as files
+from tightrec.formats import checkpoint_files as files
 from tightrec.trainer.config import load
 
 pytestmark = pytest.mark.multiprocess

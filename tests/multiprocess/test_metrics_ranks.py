@@ -8,7 +8,8 @@ from ranks import run_ranks
 from torch import Tensor
 from torch import distributed as dist
 
-from tightrec.trainer.metrics import Evaluation, MetricsConfig, Scores, TrainWindow
+from tightrec.models.scores import Scores
+from tightrec.trainer.metrics import Evaluation, MetricsConfig, TrainWindow
 
 CPU = torch.device("cpu")
 SHARES = {1: (1.0,), 2: (1.0, 0.0), 3: (0.5, 0.0, 0.5)}

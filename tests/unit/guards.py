@@ -12,13 +12,14 @@ from pathlib import Path, PurePosixPath
 ROOT = Path(__file__).resolve().parents[2]
 
 MAY_IMPORT: dict[str, set[str]] = {
+    "formats": set(),
     "kernels": set(),
     "compression": {"kernels"},
     "sharding": {"kernels", "compression"},
     "models": set(),
-    "trainer": {"kernels", "compression", "sharding", "models", "conf"},
-    "snapshot": {"models"},
-    "serving": {"snapshot"},
+    "trainer": {"kernels", "compression", "sharding", "formats", "models", "conf"},
+    "snapshot": {"formats", "models"},
+    "serving": {"formats", "snapshot"},
     "conf": set(),
     "examples": {"kernels", "compression", "sharding", "models"},
 }
@@ -29,6 +30,7 @@ PACKAGES = tuple(folder for folder in MAY_IMPORT if folder != "examples")
 FOREIGN_BANNED: dict[str, tuple[str, ...]] = {
     "kernels": ("torchrec", "fbgemm_gpu", "torch.distributed"),
     "compression": ("torchrec", "fbgemm_gpu", "torch.distributed"),
+    "formats": ("torch", "torchrec", "fbgemm_gpu"),
     "models": ("torch.distributed", "torchrec.distributed"),
 }
 """Libraries, or parts of them, that a folder must not know: ranks, tables."""

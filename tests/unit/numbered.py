@@ -4,9 +4,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from tightrec.formats.columns import Bags, Columns, offsets_of
+from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.trainer.data.batch import Batch
-from tightrec.trainer.data.schema import Schema, SparseColumn
-from tightrec.trainer.data.source import Bags, Columns, offsets_of
 
 
 def bag_of(row: int) -> list[int]:

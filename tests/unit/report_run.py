@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from tightrec.trainer.metrics import Scores
+from tightrec.models.scores import Scores
 from tightrec.trainer.report.config import LoggingConfig
 from tightrec.trainer.report.run_log import RunLog
 from tightrec.trainer.step_split import TimeSplit

@@ -10,8 +10,8 @@ from unittest import mock
 
 import pytest
 
-from tightrec.trainer import checkpoint_files as files
-from tightrec.trainer.checkpoint_files import DamagedCheckpoint, Manifest
+from tightrec.formats import checkpoint_files as files
+from tightrec.formats.checkpoint_files import DamagedCheckpoint, Manifest
 
 CONTENT = {"__0_0.distcp": b"first rank's tensors", "__1_0.distcp": b"second's", ".metadata": b"where"}
 

@@ -11,8 +11,8 @@ from numbered import Numbered, bag_of, rows_of
 from torchrec.modules.embedding_configs import EmbeddingBagConfig
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 
+from tightrec.formats.columns import Bags, Columns, offsets_of
 from tightrec.trainer.data.batch import padding_batch, to_batch
-from tightrec.trainer.data.source import Bags, Columns, offsets_of
 
 BAGS = st.lists(st.lists(st.integers(0, 2**62), max_size=4), max_size=12)
 

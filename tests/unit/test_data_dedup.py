@@ -10,10 +10,10 @@ from numbered import Numbered
 from plain_bags import expanded_bags
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 
+from tightrec.formats.columns import Columns
 from tightrec.trainer.control import fingerprint
 from tightrec.trainer.data.batch import Batch, padding_batch, to_batch
 from tightrec.trainer.data.loader import Loader, LoaderConfig
-from tightrec.trainer.data.source import Columns
 
 CONFIG = LoaderConfig(batch_size=8, shuffle_groups=2, seed=5, prefetch=3)
 

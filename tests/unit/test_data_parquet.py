@@ -10,8 +10,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 
-from tightrec.trainer.data.parquet import ParquetSource
-from tightrec.trainer.data.schema import Schema, SparseColumn
+from tightrec.formats.parquet import ParquetSource
+from tightrec.formats.schema import Schema, SparseColumn
 
 SCHEMA = Schema(
     dense=("d1", "d2"),

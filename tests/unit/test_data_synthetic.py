@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from tightrec.formats.columns import Columns
 from tightrec.trainer.data.loader import Loader, LoaderConfig
 from tightrec.trainer.data.shards import fingerprint
-from tightrec.trainer.data.source import Columns
 from tightrec.trainer.data.synthetic import (
     _SCATTER,
     KAGGLE,

@@ -22,7 +22,7 @@ def violations(guard: Callable[[str, str], list[str]], folders: tuple[str, ...])
     [
         ("kernels/a.py", "from tightrec.compression import frame"),
         ("compression/a.py", "import tightrec.sharding.plan"),
-        ("sharding/a.py", "def f():\n    from tightrec.trainer.settings import from_mapping"),
+        ("sharding/a.py", "def f():\n    from tightrec.formats.settings import from_mapping"),
         ("models/a.py", "from tightrec import sharding"),
         ("models/a.py", "from ..trainer import settings"),
         ("trainer/a.py", "import tightrec.snapshot"),

@@ -9,7 +9,8 @@ from torchmetrics.classification import BinaryAUROC
 from torchrec.metrics.calibration import compute_calibration
 from torchrec.metrics.ne import compute_cross_entropy, compute_ne
 
-from tightrec.trainer.metrics import Evaluation, MetricsConfig, Scores, TrainWindow, auc_of_groups
+from tightrec.models.scores import Scores, auc_of_groups
+from tightrec.trainer.metrics import Evaluation, MetricsConfig, TrainWindow
 
 CPU = torch.device("cpu")
 ETA = 1e-12

@@ -16,7 +16,7 @@ from tightrec.compression.policy.config import (
     parse_bound,
 )
 from tightrec.compression.policy.schedules import schedule_multiplier
-from tightrec.trainer.settings import from_mapping
+from tightrec.formats.settings import from_mapping
 
 
 @pytest.mark.parametrize(

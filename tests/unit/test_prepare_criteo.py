@@ -14,11 +14,11 @@ import pytest
 from criteo_files import COLUMNS, Line, make_text, numbers_of, read_split, take_apart, tree, words
 from rich.console import Console
 
+from tightrec.formats.schema import SPLITS, Schema, load_schema
+from tightrec.formats.settings import from_words
 from tightrec.trainer.data.prepare import criteo
 from tightrec.trainer.data.prepare.criteo_settings import CriteoSettings
 from tightrec.trainer.data.prepare.numbering import draw_splits
-from tightrec.trainer.data.schema import SPLITS, Schema, load_schema
-from tightrec.trainer.settings import from_words
 
 SAMPLE = Path(__file__).resolve().parents[2].parent / "shared" / "data" / "criteo_tb10k"
 

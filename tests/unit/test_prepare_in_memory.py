@@ -15,11 +15,11 @@ import pytest
 from criteo_files import read_split, tree, words
 from rich.console import Console
 
+from tightrec.formats.schema import SPLITS, Schema
+from tightrec.formats.settings import from_words
 from tightrec.trainer.data.prepare import in_memory, jester, movielens
 from tightrec.trainer.data.prepare.jester import GAUGE, JesterSettings
 from tightrec.trainer.data.prepare.movielens import MovieLensSettings
-from tightrec.trainer.data.schema import SPLITS, Schema
-from tightrec.trainer.settings import from_words
 
 DATA = Path(__file__).resolve().parents[2].parent / "shared" / "data"
 

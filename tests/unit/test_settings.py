@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from tightrec.trainer.settings import from_mapping, from_words
+from tightrec.formats.settings import from_mapping, from_words
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,11 +4,11 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from tightrec.formats.columns import Bags, Columns
+from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.models.config import ModelConfig
 from tightrec.models.dlrm import DLRM, build_tables
 from tightrec.trainer.data.batch import to_batch
-from tightrec.trainer.data.schema import Schema, SparseColumn
-from tightrec.trainer.data.source import Bags, Columns
 from tightrec.trainer.task import ClickTask, predict
 
 CPU = torch.device("cpu")

@@ -11,9 +11,9 @@ from torch import Tensor
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from tightrec.formats.columns import Bags, Columns
+from tightrec.formats.schema import Schema
 from tightrec.sharding.dedup import dedup_bags
-from tightrec.trainer.data.schema import Schema
-from tightrec.trainer.data.source import Bags, Columns
 
 
 @dataclass

@@ -5,6 +5,7 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import chain, islice
 
+from tightrec.formats.columns import Source
 from tightrec.trainer.data.background import from_thread, from_workers
 from tightrec.trainer.data.batch import Batch, padding_batch
 from tightrec.trainer.data.shards import (
@@ -16,7 +17,6 @@ from tightrec.trainer.data.shards import (
     joined,
     left,
 )
-from tightrec.trainer.data.source import Source
 from tightrec.trainer.data.stream import Stream
 
 

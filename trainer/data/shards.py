@@ -19,8 +19,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tightrec.trainer.data.source import Ids, Source
-from tightrec.trainer.settings import from_mapping
+from tightrec.formats.columns import Ids, Source
+from tightrec.formats.settings import from_mapping
 
 _GROUPS, _ROWS = 0, 1  # purposes of generators
 

@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tightrec.formats.columns import Columns, Source
 from tightrec.trainer.data.batch import Batch, to_batch
 from tightrec.trainer.data.shards import Order, Segment
-from tightrec.trainer.data.source import Columns, Source
 
 
 @dataclass(frozen=True, kw_only=True)

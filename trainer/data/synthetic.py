@@ -18,8 +18,8 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
-from tightrec.trainer.data.source import Bags, Columns, Floats, Ids, offsets_of
+from tightrec.formats.columns import Bags, Columns, Floats, Ids, offsets_of
+from tightrec.formats.schema import SPLITS, Schema, SparseColumn
 
 # Distinct values per categorical column of the two published Criteo data sets, as in facebookresearch/dlrm.
 KAGGLE = (

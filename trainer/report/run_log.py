@@ -11,7 +11,7 @@ from typing import Any, Literal, Self
 from rich.console import Console
 
 from tightrec.compression.policy.config import Direction
-from tightrec.trainer.metrics import Scores
+from tightrec.models.scores import Scores
 from tightrec.trainer.report.closing import final_table
 from tightrec.trainer.report.config import LoggingConfig
 from tightrec.trainer.report.console import ProgressConsole, Status

@@ -1,1 +1,1 @@
-"""Turn published data sets into the on-disk layout of :mod:`tightrec.trainer.data.schema`."""
+"""Turn published data sets into the on-disk layout of :mod:`tightrec.formats.schema`."""

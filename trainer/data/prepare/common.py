@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
+from tightrec.formats.schema import SPLITS, Schema, SparseColumn
 from tightrec.trainer.data.prepare.rejects import ErrorMode, Tally
 from tightrec.trainer.data.prepare.work import Stage, Work, written
-from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
 
 NOT_OUTPUT = ("dst", "overwrite", "restart", "memory_gb", "threads")
 """Settings that leave the output as it is, and so are not recorded in it."""

@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from tightrec.formats.schema import SPLITS, Schema, SparseColumn
 from tightrec.trainer.data.prepare import inputs
 from tightrec.trainer.data.prepare.common import publish, write_part
 from tightrec.trainer.data.prepare.criteo_settings import CriteoSettings
@@ -35,7 +36,6 @@ from tightrec.trainer.data.prepare.vocabulary import (
     spilled_runs,
 )
 from tightrec.trainer.data.prepare.work import Stage, Work, written
-from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
 
 FOLDER_PATTERNS = ("*.tsv", "train*.txt", "day_[0-9]", "day_[0-9][0-9]")
 """Names of click logs in a folder that may hold other files."""

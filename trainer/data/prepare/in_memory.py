@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from tightrec.formats.schema import SPLITS, Schema, SparseColumn
 from tightrec.trainer.data.prepare import inputs
 from tightrec.trainer.data.prepare.common import PrepareSettings, check_shares, publish, write_part
 from tightrec.trainer.data.prepare.progress import Meter
 from tightrec.trainer.data.prepare.rejects import Faults, Reject, Tally
 from tightrec.trainer.data.prepare.work import Work
-from tightrec.trainer.data.schema import SPLITS, Schema, SparseColumn
 
 PART_ROWS = 1 << 18
 

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.trainer.data.prepare import inputs
 from tightrec.trainer.data.prepare.in_memory import (
     BadLine,
@@ -23,7 +24,6 @@ from tightrec.trainer.data.prepare.in_memory import (
 )
 from tightrec.trainer.data.prepare.rejects import Tally
 from tightrec.trainer.data.prepare.work import Work
-from tightrec.trainer.data.schema import Schema, SparseColumn
 
 JOKES = 100
 GAUGE = (5, 7, 8, 13, 15, 16, 17, 18, 19, 20)

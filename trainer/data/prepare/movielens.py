@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from rich.console import Console
 
+from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.trainer.data.prepare import inputs
 from tightrec.trainer.data.prepare.in_memory import (
     BadLine,
@@ -25,7 +26,6 @@ from tightrec.trainer.data.prepare.in_memory import (
 )
 from tightrec.trainer.data.prepare.rejects import Tally
 from tightrec.trainer.data.prepare.work import Work
-from tightrec.trainer.data.schema import Schema, SparseColumn
 
 LIKED = 4
 """Least rating, of 1 to 5, that makes the label 1."""

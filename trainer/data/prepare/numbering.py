@@ -15,7 +15,7 @@ BYTES_PER_ID = 12
 """Memory of a vocabulary: an id, and its share of the directory."""
 
 TRAIN, VALID, TEST = 0, 1, 2
-"""Codes of the splits, in the order of tightrec.trainer.data.schema.SPLITS."""
+"""Codes of the splits, in the order of tightrec.formats.schema.SPLITS."""
 
 Ids = NDArray[np.uint32]
 Rows = NDArray[np.int64]

@@ -5,7 +5,7 @@ import textwrap
 from pathlib import Path
 from typing import get_args, get_type_hints
 
-from tightrec.trainer.settings import field_docstrings
+from tightrec.formats.settings import field_docstrings
 
 WIDTH = 100
 

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from tightrec.trainer.data.schema import Schema
+from tightrec.formats.schema import Schema
 
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]

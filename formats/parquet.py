@@ -1,4 +1,4 @@
-"""Reads a prepared folder (see :mod:`tightrec.trainer.data.schema`), one row group at a time."""
+"""Reads a prepared folder (see :mod:`tightrec.formats.schema`), one row group at a time."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,8 +10,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pyarrow import parquet as pq
 
-from tightrec.trainer.data.schema import Schema, SparseColumn, load_schema
-from tightrec.trainer.data.source import Bags, Columns, Floats, Ids
+from tightrec.formats.columns import Bags, Columns, Floats, Ids
+from tightrec.formats.schema import Schema, SparseColumn, load_schema
 
 _AGAIN = "Prepare the data again."
 

@@ -14,8 +14,6 @@ import textwrap
 from collections.abc import Iterable, Mapping
 from typing import Any, TypeVar, get_args, get_origin, get_type_hints
 
-from pydantic import TypeAdapter, ValidationError
-
 T = TypeVar("T")
 
 
@@ -28,6 +26,9 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
         ValueError: an unknown key (with the nearest known one), a missing key, a wrong type, or
             whatever the dataclass's own ``__post_init__`` refuses.
     """
+    # Here, so that what only reads a schema or a manifest does not need pydantic.
+    from pydantic import TypeAdapter, ValidationError
+
     _refuse_unknown_keys(cls, values, where)
     try:
         return TypeAdapter(cls).validate_python(dict(values))

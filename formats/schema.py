@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightrec.trainer.settings import from_mapping
+from tightrec.formats.settings import from_mapping
 
 SCHEMA_FILE = "schema.json"
 SPLITS = ("train", "valid", "test")

@@ -1,0 +1,32 @@
+"""Which number type every table and dense layer of a snapshot has."""
+
+from dataclasses import dataclass
+
+TABLE_TYPES = ("fp32", "fp16", "int8", "int4", "int2")
+"""Of embedding rows, from exact to smallest; the integers have a scale and a bias a row."""
+
+LAYER_TYPES = ("fp32", "bf16", "fp16", "int8")
+"""Of dense layers."""
+
+ROW_SEARCHES = ("min_max", "greedy")
+"""How the range of an int4 or int2 row is found: its extremes, or the narrower range of least L2 error."""
+
+RANGE_METHODS = ("dynamic", "min_max", "percentile", "l2", "kl")
+"""How the range of an int8 layer's input is found: from each batch, or once from held-out rows."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A type for every table and every dense layer."""
+
+    tables: dict[str, str]
+    """Type by table's name, see TABLE_TYPES."""
+
+    layers: dict[str, str]
+    """Type by layer's name, see LAYER_TYPES."""
+
+    row_search: str = "greedy"
+    """Of int4 and int2 tables, see ROW_SEARCHES."""
+
+    ranges: str = "dynamic"
+    """Of int8 layers' inputs, see RANGE_METHODS."""
