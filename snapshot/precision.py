@@ -12,7 +12,7 @@ ROW_SEARCHES = ("min_max", "greedy")
 """How the range of an int4 or int2 row is found: its extremes, or the narrower range of least L2 error."""
 
 RANGE_METHODS = ("dynamic", "min_max", "percentile", "l2", "kl")
-"""How the range of an int8 layer's input is found: from each batch, or once from held-out rows."""
+"""How the range of an int8 layer's input is found: of each row, or once from held-out rows."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -28,6 +28,7 @@ from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.exchange_watch import ExchangeWatch
+from tightrec.trainer.handover import description, held_out, point_latest
 from tightrec.trainer.loop import Outcome, Progress, Trainer
 from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import build_pipeline
@@ -68,6 +69,8 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
         if config.debug.dry_run:
             log.say("dry run: stopped before the first step")
             return 0
+        if ranks.rank == 0:
+            _point_latest(folder, log)
         outcome = _train(config, ranks, folder, checkpoint, built, sources, request, log)
         reason = None
         if outcome.status == "stopped":
@@ -102,6 +105,7 @@ def _train(
         log.say(f"resumed after step {progress.step} from {checkpoint}")
     agreement = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.train.timeout_s))
     trace = StepTrace(folder, ranks.rank, config.debug.trace_step)
+    data = ranks.from_first(_held_out(config, sources, folder, log) if ranks.rank == 0 else None)
     with (
         counted_traffic() as traffic,
         torch.autograd.set_detect_anomaly(config.debug.detect_anomaly),
@@ -121,6 +125,7 @@ def _train(
             profiler=StepProfiler(config.logging.split_every, ranks.device),
             trace=trace,
             log=log,
+            about=description(config.model, sources["train"].schema, data),
         )
         outcome = trainer.fit(progress)
     # Not where training failed: a save still under way would wait there for ranks that are gone.
@@ -181,6 +186,22 @@ def _new_folder(name: str) -> str:
             continue
         return str(folder)
     raise AssertionError("count() never ends")
+
+
+def _point_latest(folder: Path, log: RunLog) -> None:
+    try:
+        point_latest(folder)
+    except OSError as error:
+        log.warn(f"runs/latest could not be made ({error}); training goes on without it.")
+
+
+def _held_out(config: JobConfig, sources: dict[str, Source], folder: Path, log: RunLog) -> str | None:
+    prepared = config.data.path if config.data.source == "parquet" else None
+    try:
+        return held_out(sources, prepared, folder)
+    except OSError as error:
+        log.warn(f"held-out rows could not be written into {folder} ({error}); checkpoints name none.")
+        return None
 
 
 def _warn_of_idle(

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that all ranks agree on."""
 
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -90,6 +90,8 @@ class Trainer:
     profiler: StepProfiler
     trace: StepTrace
     log: RunLog
+    about: Mapping[str, Any]
+    """What every checkpoint says of itself: model, schema, data."""
 
     def fit(self, progress: Progress) -> Outcome:
         """Train from ``progress`` to the configured end, or until a stop is agreed; a collective.
@@ -244,6 +246,7 @@ class Trainer:
             "position": progress.position.to_dict(),
             "evaluation_due": progress.evaluation_due,
             "exchange": self.exchange.state(),
+            **self.about,
         }
         self.checkpointer.save(progress.step, self.state(), extra, wait=wait)
 

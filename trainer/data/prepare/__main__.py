@@ -11,7 +11,7 @@ from tightrec.formats.settings import from_words
 from tightrec.trainer.data.prepare import criteo, jester, movielens
 from tightrec.trainer.data.prepare.common import PrepareSettings
 from tightrec.trainer.data.prepare.criteo_settings import CriteoSettings
-from tightrec.trainer.data.prepare.usage import describe
+from tightrec.formats.usage import describe
 
 DATA_SETS: dict[str, tuple[type[PrepareSettings], Callable[[Any, Console], Any]]] = {
     "criteo": (CriteoSettings, criteo.prepare),

@@ -11,7 +11,7 @@ WIDTH = 100
 
 
 def describe(name: str, cls: type) -> str:
-    """One paragraph for each field of the settings ``cls`` of the data set ``name``."""
+    """One paragraph for each field of the settings ``cls``, under the heading ``name``."""
     told = [f"{name}:"]
     hints, meanings = get_type_hints(cls), field_docstrings(cls)
     for field in dataclasses.fields(cls):

@@ -1,0 +1,167 @@
+"""A trained model in float32, with only those table rows that some held-out rows look up.
+
+Everything that a search, a verification or the debugger asks is answered on these few rows, so that no
+table needs to stay in memory whole: quantisation works row by row, hence a row of a part of a table is
+quantised as in the whole one.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tightrec.formats.columns import Bags, Columns
+from tightrec.formats.schema import Schema
+from tightrec.models.config import ModelConfig
+from tightrec.snapshot.layers import layer_bytes, make_layer, store_layer
+from tightrec.snapshot.lookup import Lookup, TableShape
+from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs
+from tightrec.snapshot.packed import pack
+from tightrec.snapshot.precision import Plan
+from tightrec.snapshot.rows import replay
+from tightrec.snapshot.source import Checkpoint
+
+CPU = torch.device("cpu")
+
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Logits [B] of dense values, ids and offsets."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layer:
+    """A dense layer in float32."""
+
+    spec: LayerSpec
+    """Name and place."""
+
+    weight: Tensor
+    """[out, in]"""
+
+    bias: Tensor | None
+    """[out]"""
+
+    def bytes(self, kind: str) -> int:
+        """Stored size at a type."""
+        outputs, inputs = self.weight.shape
+        return layer_bytes(kind, outputs, inputs, self.bias is not None)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """The float32 model on a part of its tables."""
+
+    config: ModelConfig
+    """Shape of the model."""
+
+    schema: Schema
+    """Its features, in order."""
+
+    tables: dict[str, Tensor]
+    """float32 [rows looked up, D], by table's name, in the order of the features."""
+
+    ids: dict[str, np.ndarray]
+    """The ids that these rows have in the whole table, ascending."""
+
+    layers: dict[str, Layer]
+    """By name, in the order in which they run."""
+
+    extras: dict[str, Tensor]
+    """See :func:`tightrec.snapshot.model.extra_keys`."""
+
+    @property
+    def exact(self) -> Plan:
+        """The plan that keeps everything in float32."""
+        return Plan(tables=dict.fromkeys(self.tables, "fp32"), layers=dict.fromkeys(self.layers, "fp32"))
+
+    def narrowed(self, columns: Columns) -> Columns:
+        """The same rows with ids that count within ``tables``; the ids must be among ``ids``."""
+        sparse = tuple(
+            Bags(np.searchsorted(known, bags.ids).astype(np.int64), bags.offsets)
+            for known, bags in zip(self.ids.values(), columns.sparse, strict=True)
+        )
+        return replace(columns, sparse=sparse)
+
+    def lookup(self, tables: Mapping[str, str], row_search: str) -> Lookup:
+        """The operator over the part of each of ``tables`` (types by name), in that order."""
+        dim = self.config.embedding_dim
+        shapes = [
+            TableShape(name=name, kind=kind, rows=len(self.tables[name]), dim=dim)
+            for name, kind in tables.items()
+        ]
+        lookup = Lookup(shapes, self.config.pooling, CPU)
+        for name, kind in tables.items():
+            lookup.fill(name, pack(self.tables[name], kind, row_search))
+        return lookup
+
+    def layer(self, name: str, kind: str, activation: tuple[float, float] | None = None) -> nn.Module:
+        """A dense layer at a type, ready to run."""
+        layer = self.layers[name]
+        stored = store_layer(layer.weight, layer.bias, kind, activation)
+        return make_layer(stored, relu=layer.spec.relu, device=CPU)
+
+    def scorer(self, plan: Plan, ranges: Mapping[str, tuple[float, float]] | None = None) -> Scorer:
+        """The model at the types of ``plan``.
+
+        Args:
+            ranges: of int8 layers' inputs by layer's name; a layer that is not in it has dynamic ones.
+        """
+        ranges = ranges or {}
+        return Scorer(
+            self.config,
+            len(self.tables),
+            self.lookup({name: plan.tables[name] for name in self.tables}, plan.row_search),
+            {name: self.layer(name, plan.layers[name], ranges.get(name)) for name in self.layers},
+            self.extras,
+            CPU,
+        )
+
+
+def table_name(feature: str) -> str:
+    """The table of a feature, as :func:`tightrec.models.dlrm.build_tables` names it."""
+    return f"t_{feature}"
+
+
+def read_parts(checkpoint: Checkpoint, rows: Sequence[Columns]) -> Parts:
+    """Read a checkpoint table by table, keeping the rows that ``rows`` look up.
+
+    Raises:
+        ValueError: the checkpoint is damaged, or holds values that are not finite.
+    """
+    schema = checkpoint.schema
+    ids = {
+        table_name(column.name): _distinct([part.sparse[place].ids for part in rows])
+        for place, column in enumerate(schema.sparse)
+    }
+    specs = layer_specs(checkpoint.model, len(schema.dense))
+    return Parts(
+        config=checkpoint.model,
+        schema=schema,
+        tables={name: checkpoint.table(name)[torch.from_numpy(kept)] for name, kept in ids.items()},
+        ids=ids,
+        layers={spec.name: _layer(checkpoint, spec) for spec in specs},
+        extras={name: checkpoint.parameter(key) for name, key in extra_keys(len(schema.dense)).items()},
+    )
+
+
+def _distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
+    return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
+
+
+def _layer(checkpoint: Checkpoint, spec: LayerSpec) -> Layer:
+    bias = checkpoint.parameter(spec.bias) if spec.bias else None
+    return Layer(spec=spec, weight=checkpoint.parameter(spec.weight), bias=bias)
+
+
+def logits_of(scorer: Run, columns: Columns, batch_size: int) -> Tensor:
+    """Logits float32 [n] of all rows, in batches."""
+    with torch.inference_mode():
+        parts = [scorer(*batch) for batch in batches(columns, batch_size)]
+    return torch.cat(parts) if parts else torch.empty(0)
+
+
+def batches(columns: Columns, batch_size: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Dense values, ids and offsets of one batch after the other, as :class:`Scorer` takes them."""
+    for dense, ids, offsets, _ in replay(columns, batch_size):
+        yield dense, ids, offsets
