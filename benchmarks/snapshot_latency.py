@@ -7,8 +7,8 @@ Without ``run`` the weights are random: 13 dense columns, 26 tables of Criteo Ka
 ``cardinality``, ids by Zipf's law with exponent 1.05, MLPs of the published widths; snapshots are written and
 loaded as the exporter does it. With ``run`` they are those of a trained run, and the rows its test split's.
 
-Every variant scores the same batch, then all go on to the next, in an order that changes with each batch, so
-that a busy machine slows all alike. Variants:
+Variants take turns batch by batch, in an order drawn anew each time, so that a busy machine slows all alike.
+All score the same batches, each from another one on: none finds rows that another has just read. Variants:
 
 - ``eager``: nn.EmbeddingBag a table, nn.Linear, tensors that are ready; ``eager, embedding``: the same with
   nn.functional.embedding, which reads one id a row only; ``torchrec``: the model that was trained, on a
@@ -96,7 +96,7 @@ class LatencyConfig:
     """Where snapshots are written meanwhile; null: the system's temporary folder."""
 
     seed: int = 0
-    """Of random weights, rows and the bootstrap."""
+    """Of random weights, rows, turns and the bootstrap."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -206,18 +206,21 @@ def _by_row(material: Material, snapshot: Snapshot) -> Scorer:
     return Scorer(parts.config, len(parts.tables), snapshot.scorer.lookup, layers, parts.extras, cpu)
 
 
-def timed(variants: dict[str, Variant], batches: Sequence[Batch], calls: int) -> dict[str, Seconds]:
-    """Seconds [calls] of every variant, call i of each on the same batch."""
-    names = list(variants)
-    seconds = {name: np.empty(calls) for name in names}
+def timed(
+    variants: dict[str, Variant], batches: Sequence[Batch], calls: int, seed: int = 0
+) -> dict[str, Seconds]:
+    """Seconds [calls] of every variant; ``calls`` times all take a turn, in a random order."""
+    generator = np.random.default_rng(seed)
+    apart = max(1, len(batches) // len(variants))
+    places = dict(zip(variants, range(0, apart * len(variants), apart), strict=True))
+    seconds = {name: np.empty(calls) for name in variants}
     warm = max(3, calls // 20)
     gc.collect()
     gc.disable()
     try:
         for call in range(-warm, calls):
-            batch = batches[call % len(batches)]
-            turn = call % len(names)
-            for name in names[turn:] + names[:turn]:
+            for name in generator.permutation(list(variants)).tolist():
+                batch = batches[(call + places[name]) % len(batches)]
                 begin = time.perf_counter()
                 variants[name](batch)
                 if call >= 0:
@@ -228,7 +231,7 @@ def timed(variants: dict[str, Variant], batches: Sequence[Batch], calls: int) ->
 
 
 def interval(base: Seconds, other: Seconds, seed: int, draws: int = 1000) -> tuple[float, float, float]:
-    """Ratio of the medians of paired calls [n], base over other, and its 95 % interval.
+    """Ratio of the medians of calls [n] taken in turns, base over other, and its 95 % interval.
 
     The bootstrap draws stretches of sqrt(n) consecutive calls, as a busy spell slows neighbours alike.
     """
@@ -345,7 +348,7 @@ def main(words: Sequence[str]) -> int:
         with torch.inference_mode():
             variants = _compiled(variants, batches[0])
             apart = changes(variants, batches[0])
-            seconds = timed(variants, batches, count)
+            seconds = timed(variants, batches, count, config.seed)
         lines = lines_of(seconds, size, config.seed)
         print(f"\nbatch {size:,}, {count:,} calls each over {len(batches):,} batches\n\n{table(lines)}\n")
         print("scores from eager's, at most: " + ", ".join(f"{name} {by:.2g}" for name, by in apart.items()))

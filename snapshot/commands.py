@@ -120,6 +120,8 @@ def _show(config: ShowConfig) -> int:
 def _verdict(verification: dict[str, Any]) -> str:
     from tightrec.snapshot.verify import Verification
 
+    if None in (verification["ne_loss"], *verification["snapshot"].values()):
+        return "REFUSED: its scores are not numbers"
     return Verification(**verification).sentence
 
 

@@ -21,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tightrec.formats.checkpoint_files import path_of
 from tightrec.snapshot import store
 from tightrec.snapshot.publish import flush_folder
 
@@ -136,14 +135,13 @@ def next_number(out: Path) -> int:
     return 1 + max([*known, *(report.get("number", 0) for report in read_reports(out))], default=0)
 
 
-def free_name(folder: Path, step: int) -> Path:
-    """Where a snapshot of ``step`` can be put in ``folder``."""
-    first = name = path_of(folder, step)
-    again = 1
-    while name.exists() or name.is_symlink():
+def free_name(folder: Path, name: str) -> Path:
+    """Where something called ``name`` can be put in ``folder``: there, or with ``-2``, ``-3``, ... behind."""
+    path, again = folder / name, 1
+    while path.exists() or path.is_symlink():
         again += 1
-        name = first.with_name(f"{first.name}-{again}")
-    return name
+        path = folder / f"{name}-{again}"
+    return path
 
 
 def add(partial: Path, path: Path, note: Mapping[str, Any]) -> None:
@@ -152,18 +150,18 @@ def add(partial: Path, path: Path, note: Mapping[str, Any]) -> None:
     store.publish(partial, path)
 
 
-def set_aside(out: Path, folder: Path, step: int, report: Mapping[str, Any]) -> Path:
+def set_aside(out: Path, folder: Path, name: str, report: Mapping[str, Any]) -> Path:
     """Move ``folder`` below ``rejected``, with its report; returns where it stands now.
 
-    Earlier reports on the same checkpoint are deleted.
+    Earlier reports on the same ``checkpoint``, if it names one, are deleted.
     """
     rejected = out / REJECTED
     rejected.mkdir(exist_ok=True)
     for earlier in read_reports(out):
-        if earlier.get("checkpoint") == report["checkpoint"]:
+        if report["checkpoint"] and earlier.get("checkpoint") == report["checkpoint"]:
             _delete(earlier["path"])
     _write(folder / REPORT, {"number": next_number(out), **report})
-    path = free_name(rejected, step)
+    path = free_name(rejected, name)
     folder.rename(path)
     flush_folder(rejected)
     return path

@@ -13,8 +13,11 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from torch import Tensor
 
 from tightrec.formats.columns import Columns
 from tightrec.formats.schema import load_schema
@@ -169,9 +172,7 @@ def build(
     )
     writer = store.SnapshotWriter(partial)
     for name, kind in plan.tables.items():
-        whole = checkpoint.table(name)
-        writer.write_table(name, kind, whole.shape[1], pack(whole, kind, plan.row_search))
-        del whole
+        writer.write_table(name, kind, checkpoint.model.embedding_dim, _packed(checkpoint, name, plan))
     writer.write_dense(_stored_layers(parts, plan, ranges), parts.extras)
     if found is not None:
         writer.write_file("sensitivity.json", json.dumps(sensitivity_json(found), indent=1).encode())
@@ -188,6 +189,7 @@ def build(
             "sparse": [dataclasses.asdict(column) for column in checkpoint.schema.sparse],
         },
         "plan": dataclasses.asdict(plan),
+        "notes": {"versions": {name: version(name) for name in ("torch", "tightrec")}},
     }
     writer.finish(**facts, verification=None, score_histogram=None)
     served = load(partial).scorer
@@ -209,13 +211,22 @@ def build(
     rows = material.search_rows if material.verify_rows is None else material.verify_rows
     histogram = None
     if rows is not None:
-        histogram = score_histogram(logits_of(served, rows, config.batch_size).sigmoid())
+        probabilities = logits_of(served, rows, config.batch_size).sigmoid()
+        histogram = score_histogram(probabilities.numpy(), rows.labels)
     writer.finish(
         **facts,
         verification=None if verification is None else dataclasses.asdict(verification),
         score_histogram=histogram,
     )
     return verification
+
+
+def _packed(checkpoint: Checkpoint, name: str, plan: Plan) -> Tensor:
+    """A whole table as it is stored; its float32 rows are gone when this returns, but for fp32."""
+    try:
+        return pack(checkpoint.table(name), plan.tables[name], plan.row_search)
+    except ValueError as error:
+        raise ValueError(f"table {name}: {error}") from None
 
 
 def _stored_layers(parts: Parts, plan: Plan, ranges: Ranges) -> dict[str, StoredLayer]:

@@ -131,7 +131,7 @@ class Scorer(nn.Module):
         pooled = self.lookup(ids, offsets)
         yield "tables", None, pooled
         if self.constant is not None:
-            vector = self.constant.expand(len(dense), -1)
+            vector = self.constant.expand(dense.shape[0], -1)
         else:
             vector = dense
             for layer in self.bottom:

@@ -36,7 +36,7 @@ _GREEDY_LEAST_SCALE = 2.0**-20
 """Least range of a row, relative to its largest value, and least min-max scale. Where a bin's width is lost
 in float32's rounding, torch's search never returns; below this it has little to gain anyway."""
 
-_HALF_MAX = 65504.0
+_HALF_MAX = 65504
 
 
 def row_bytes(kind: str, dim: int) -> int:
@@ -233,8 +233,7 @@ def _squared_error(packed: Tensor, chunk: Tensor, kind: str) -> Tensor:
 def _half_below(values: Tensor) -> Tensor:
     """The largest float16 not above each value, -Inf where there is none: float64 [n] -> float16 [n]."""
     half = values.half()
-    half = torch.where(torch.isposinf(half), _HALF_MAX, half)
     bits = half.view(torch.int16)
-    # Of a negative float16, -0 included, the next one down has the next larger bits.
+    # Of a negative float16, -0 included, the next one down has the next larger bits; Inf's is 65504.
     below = torch.where(torch.signbit(half), bits + 1, bits - 1).view(torch.float16)
     return torch.where(half.double() > values, below, half)

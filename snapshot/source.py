@@ -221,7 +221,10 @@ class _Part(io.RawIOBase):
 
     def __init__(self, file: BinaryIO, start: int, length: int) -> None:
         super().__init__()
-        self._file, self._start, self._length, self._at = file, start, length, 0
+        self._file = file
+        self._start = start
+        self._length = length
+        self._at = 0
 
     def readable(self) -> bool:
         return True

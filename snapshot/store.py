@@ -173,8 +173,7 @@ class SnapshotWriter:
         return _write_manifest(self.folder, manifest)
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        # Contiguous copies of their own storage: safetensors refuses tensors that share memory.
-        save_file({key: _own(tensor) for key, tensor in tensors.items()}, self.folder / name)
+        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, self.folder / name)
         self._files[name] = _flushed_record(self.folder / name)
 
 
@@ -290,12 +289,6 @@ def _table_file(name: str) -> str:
     if len(safe) > _LONGEST_NAME:
         safe = f"{safe[: _LONGEST_NAME - 20]}-{hashlib.sha256(name.encode()).hexdigest()[:16]}"
     return f"tables/{safe}.safetensors"
-
-
-def _own(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().cpu().contiguous()
-    whole = tensor.untyped_storage().nbytes() == tensor.nbytes
-    return tensor if whole else tensor.clone()
 
 
 def _refuse_not_finite(name: str, tensor: Tensor) -> None:

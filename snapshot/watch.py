@@ -109,10 +109,14 @@ def watch(config: WatchConfig, say: Say) -> int:
 
 class _Watcher:
     def __init__(self, config: WatchConfig, out: Path, say: Say) -> None:
-        self._config, self._out, self._say = config, out, say
+        self._config = config
+        self._out = out
+        self._say = say
         self._run: Path | None = None
-        # Not tried again by this process: fingerprints of checkpoints that cannot become a snapshot.
+        # Fingerprints of checkpoints that this process does not try again; and of those among them that only
+        # the disk kept from becoming a snapshot, as it would keep older ones.
         self._given_up: set[str] = set()
+        self._no_room: set[str] = set()
         self._told: set[str] = set()
 
     def watch(self) -> int:
@@ -131,7 +135,7 @@ class _Watcher:
         current.tidy(self._out)
         for path, problem in current.find_unreadable(self._out):
             report = {"checkpoint": None, "why": [f"damaged on disk: {problem}"]}
-            aside = current.set_aside(self._out, path, files.step_of(path), report)
+            aside = current.set_aside(self._out, path, path.name, report)
             self._say(f"warning: {path.name} is damaged ({problem}) and was moved to {aside}")
         verified = current.find_verified(self._out)
         if verified:
@@ -155,7 +159,7 @@ class _Watcher:
                 if path.is_dir():
                     self._say_once(f"warning: {path.name} is passed over: its manifest cannot be read")
                 continue
-            if fingerprint in done:
+            if fingerprint in done | self._no_room:
                 return False
             if fingerprint not in rejected | self._given_up:
                 # Whatever comes of it, but first: what is tried for ever is never got past.
@@ -174,7 +178,7 @@ class _Watcher:
         config, name = self._config, checkpoint.path.name
         material = gather(checkpoint, config, verified=True)
         asked = self._asked(material)
-        path = current.free_name(self._out, checkpoint.step)
+        path = current.free_name(self._out, name)
         partial = store.partial_of(path)
         why: list[str] = []
         try:
@@ -235,11 +239,14 @@ class _Watcher:
         }
         current.add(partial, path, note)
         current.point(self._out, path)
-        current.retire(self._out, self._config.keep)
         self._say(
             f"{checkpoint.path.name}, {attempt.origin}: {attempt.verification.sentence}; "
             f"{self._link} points at {path.name}"
         )
+        try:
+            current.retire(self._out, self._config.keep)
+        except OSError as error:
+            self._say(f"warning: old snapshots could not be deleted: {error}")
         done = {kept.note.get("checkpoint") for kept in current.find_verified(self._out)}
         for older in self._checkpoints():
             known = _fingerprint(older)
@@ -282,7 +289,7 @@ class _Watcher:
             "attempts": attempts,
             "settings": self._settings(),
         }
-        aside = current.set_aside(self._out, folder, files.step_of(path), plain(report))
+        aside = current.set_aside(self._out, folder, path.name, plain(report))
         current.retire(self._out, self._config.keep)
         target = current.target_of(self._out)
         stays = f"{self._link} stays at {target.name}" if target else f"there is no {self._link}"
@@ -303,6 +310,7 @@ class _Watcher:
             return True
         if isinstance(error, OSError | SafetensorError | MemoryError):
             self._say(f"warning: {name} became no snapshot: {words}; the next checkpoint is tried again")
+            self._no_room.add(fingerprint)
             return False
         try:
             folder = self._out / f"step-aside.partial-{fingerprint[:8]}"

@@ -1,3 +1,5 @@
+"""What predict takes, converts and refuses."""
+
 from typing import Any
 
 import numpy as np

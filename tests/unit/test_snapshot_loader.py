@@ -1,3 +1,5 @@
+"""Loading a snapshot and scoring with it, damaged ones refused by file."""
+
 import subprocess
 import sys
 import threading
@@ -121,6 +123,8 @@ def test_arrays_give_an_array_and_tensors_a_tensor(snapshot: Snapshot) -> None:
     tensors = snapshot.predict(torch.from_numpy(dense), {k: torch.from_numpy(v) for k, v in sparse.items()})
     assert isinstance(tensors, Tensor) and not tensors.is_inference() and not tensors.requires_grad
     assert tensors.tolist() == found.tolist()
+    ids, offsets = torch.zeros(3, dtype=torch.int64), torch.arange(4)
+    assert snapshot.logits(torch.zeros(1, 3), ids, offsets).is_inference()
     assert isinstance(snapshot.predict(torch.from_numpy(dense), sparse), Tensor)
 
 

@@ -1,3 +1,5 @@
+"""Drift, NE and calibration in service: what rings, and what does not."""
+
 import json
 import logging
 import math

@@ -17,6 +17,7 @@ from tightrec.formats import checkpoint_files as files
 from tightrec.snapshot import current, export, store
 from tightrec.snapshot import watch as watch_module
 from tightrec.snapshot.config import ExportConfig
+from tightrec.snapshot.watch import WatchConfig, watch
 
 
 @pytest.fixture
@@ -125,7 +126,10 @@ def test_a_snapshot_damaged_on_disk_is_set_aside_and_made_again(run: Path, out: 
     assert status == 0
     assert "dense.safetensors" in lines[0]
     manifest_of(out / "current")
-    assert names(out / "rejected") == ["step-00000001"]
+    (out / "step-00000001-2").mkdir()
+    assert once()[0] == 0
+    assert names(out / "rejected") == ["step-00000001", "step-00000001-2"]
+    assert names(out) == ["current", "rejected", "step-00000001"]
 
 
 def test_an_unverified_snapshot_is_never_pointed_at(
@@ -193,10 +197,18 @@ def test_a_full_disk_is_told_and_the_next_checkpoint_tried(
     def refuse(*_: Any) -> None:
         raise full
 
+    lines: list[str] = []
+    looks = iter([None, None, KeyboardInterrupt()])
+
+    def sleep(seconds: float) -> None:
+        if end := next(looks):
+            raise end
+
     with monkeypatch.context() as patch:
         patch.setattr(store.SnapshotWriter, "write_dense", refuse)
-        status, lines = once()
-    assert status == 1
+        patch.setattr(watch_module.time, "sleep", sleep)
+        with pytest.raises(KeyboardInterrupt):
+            watch(WatchConfig(run=run, out=out), lines.append)
     assert sum("No space left on device" in line for line in lines) == 1, "older ones would not fit either"
     assert names(out) == []
     snapshot_run.save(run, 3)

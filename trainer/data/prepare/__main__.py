@@ -8,10 +8,10 @@ from typing import Any
 from rich.console import Console
 
 from tightrec.formats.settings import from_words
+from tightrec.formats.usage import describe
 from tightrec.trainer.data.prepare import criteo, jester, movielens
 from tightrec.trainer.data.prepare.common import PrepareSettings
 from tightrec.trainer.data.prepare.criteo_settings import CriteoSettings
-from tightrec.formats.usage import describe
 
 DATA_SETS: dict[str, tuple[type[PrepareSettings], Callable[[Any, Console], Any]]] = {
     "criteo": (CriteoSettings, criteo.prepare),
