@@ -31,7 +31,7 @@ STEPS_APART = 20
 UNDISTURBED = 2
 """Checkpoints of the first, undisturbed life of the watcher."""
 
-LATE = 1.05
+LATE = 1.3
 """Kills come up to this many times the undisturbed time after the start."""
 
 PATIENCE_S = 120.0

@@ -15,7 +15,8 @@ All score the same batches, each from another one on: none finds rows that anoth
   KeyedJaggedTensor made of ready tensors; ``compiled``: torch.compile of ``eager, embedding``, or of
   ``eager`` where rows hold lists; ``eager, numpy``: from numpy arrays to numpy probabilities, unchecked.
 - ``int8`` and ``fp16``: a snapshot's model on ready tensors; ``..., predict``: ``Snapshot.predict`` on numpy
-  arrays, which checks them; ``int8 by row``: int8 layers that find the range of every row's input anew.
+  arrays, which checks them; ``int8 fixed`` and ``int8 by row``: ``ranges=l2``
+  and ``ranges=dynamic`` instead of ``mixed``.
 
 p50 and p99 are of a call; ratios are of medians, with the 95 % interval of a bootstrap over stretches of
 consecutive calls. Above 1 the variant is faster than what it is compared with.
@@ -52,8 +53,8 @@ from tightrec.formats.schema import Schema
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
 from tightrec.models.dlrm import DLRM
+from tightrec.snapshot.calibrate import chosen_ranges
 from tightrec.snapshot.export import Material
-from tightrec.snapshot.layers import make_layer, store_layer
 from tightrec.snapshot.loader import Snapshot
 from tightrec.snapshot.model import Scorer
 from tightrec.snapshot.rows import feature_major, read_rows
@@ -182,8 +183,9 @@ def variants_of(
     for name, snapshot in snapshots.items():
         variants[name] = lambda batch, model=snapshot.scorer: model(*batch.tensors)
         if name == "int8":
-            by_row = _by_row(material, snapshot)
-            variants["int8 by row"] = lambda batch, model=by_row: model(*batch.tensors)
+            for label, method in (("fixed", "l2"), ("by row", "dynamic")):
+                other = _with_ranges(material, snapshot, method)
+                variants[f"int8 {label}"] = lambda batch, model=other: model(*batch.tensors)
         variants[f"{name}, predict"] = lambda batch, one=snapshot: one.predict(batch.dense, batch.sparse)
     return variants
 
@@ -196,13 +198,11 @@ def _from_numpy(model: PlainModel, batch: Batch, names: Sequence[str]) -> NDArra
     return model(torch.from_numpy(batch.dense), ids, offsets).sigmoid().numpy()
 
 
-def _by_row(material: Material, snapshot: Snapshot) -> Scorer:
-    """The snapshot with int8 layers of dynamic ranges, on the same tables."""
+def _with_ranges(material: Material, snapshot: Snapshot, method: str) -> Scorer:
+    """The snapshot with int8 layers whose ranges are found otherwise, on the same tables."""
     parts, cpu = material.parts, torch.device("cpu")
-    layers = {
-        name: make_layer(store_layer(one.weight, one.bias, "int8"), relu=one.spec.relu, device=cpu)
-        for name, one in parts.layers.items()
-    }
+    ranges = chosen_ranges(material.histograms, method)
+    layers = {name: parts.layer(name, "int8", ranges.get(name)) for name in parts.layers}
     return Scorer(parts.config, len(parts.tables), snapshot.scorer.lookup, layers, parts.extras, cpu)
 
 
@@ -213,7 +213,7 @@ def timed(
     generator = np.random.default_rng(seed)
     apart = max(1, len(batches) // len(variants))
     places = dict(zip(variants, range(0, apart * len(variants), apart), strict=True))
-    seconds = {name: np.empty(calls) for name in variants}
+    seconds = {name: np.full(calls, np.nan) for name in variants}
     warm = max(3, calls // 20)
     gc.collect()
     gc.disable()

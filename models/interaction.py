@@ -23,12 +23,17 @@ class DotInteraction(nn.Module):
 
     def __init__(self, vectors: int, device: torch.device | None = None) -> None:
         super().__init__()
+        self.vectors = vectors
         first, second = torch.triu_indices(vectors, vectors, offset=1, device=device)
         self.register_buffer("pairs", first * vectors + second, persistent=False)
 
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
         """Map [B, D] and F times [B, D] to [B, D + N (N - 1) / 2], N = F + 1."""
-        vectors = side_by_side(dense, sparse).unflatten(1, (-1, sparse[0].shape[1]))
+        return self.mix(dense, side_by_side(dense, sparse))
+
+    def mix(self, dense: Tensor, both: Tensor) -> Tensor:
+        """The same of the dense vector [B, D] and all N vectors side by side [B, N * D]."""
+        vectors = both.view(dense.shape[0], self.vectors, dense.shape[1])
         products = torch.bmm(vectors, vectors.transpose(1, 2)).flatten(1).index_select(1, self.pairs)
         return torch.cat((dense, products), dim=1)
 

@@ -6,7 +6,7 @@ import torch
 
 from tightrec.formats.columns import Columns
 from tightrec.snapshot.layers import ACTIVATION_BITS
-from tightrec.snapshot.model import Scorer
+from tightrec.snapshot.model import Scorer, behind_relu
 from tightrec.snapshot.parts import batches
 from tightrec.snapshot.ranges import Histogram
 
@@ -32,8 +32,13 @@ def input_histograms(scorer: Scorer, columns: Columns, batch_size: int) -> dict[
 def chosen_ranges(
     histograms: dict[str, Histogram], method: str, layers: Iterable[str] | None = None
 ) -> Ranges:
-    """The range of each of ``layers`` (default: all) by ``method``; none at all for ``dynamic``."""
-    if method == "dynamic":
-        return {}
-    names = histograms if layers is None else layers
-    return {name: histograms[name].range(method, ACTIVATION_BITS) for name in names}
+    """The fixed range of each of ``layers`` (default: all) by ``method``; without one it has dynamic ones.
+
+    With ``mixed`` only layers behind a ReLU have one: raw columns and dot products hold rare large values,
+    which a range for all rows either clips or pays for with coarse steps.
+    """
+    names = list(histograms if layers is None else layers)
+    if method == "mixed":
+        return {name: histograms[name].range("l2", ACTIVATION_BITS) for name in names if behind_relu(name)}
+    fixed = method != "dynamic"
+    return {name: histograms[name].range(method, ACTIVATION_BITS) for name in names if fixed}

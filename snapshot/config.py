@@ -22,9 +22,10 @@ class PrecisionConfig:
     row_search: Literal["min_max", "greedy"] = "greedy"
     """Range of an int4 or int2 row: its extremes, or narrowed as long as the L2 error falls."""
 
-    ranges: Literal["dynamic", "min_max", "percentile", "l2", "kl"] = "l2"
-    """Range of an int8 layer's input: of each row (``dynamic``), or fixed from a histogram of held-out rows,
-    which is faster. Either way a row's score does not depend on the rows beside it."""
+    ranges: Literal["mixed", "dynamic", "min_max", "percentile", "l2", "kl"] = "mixed"
+    """Range of an int8 layer's input. ``dynamic``: each row's own. ``min_max`` to ``kl``: fixed, from a
+    histogram of held-out rows: faster, and inaccurate where a few large values carry much. ``mixed``: fixed
+    by ``l2`` behind a ReLU, each row's own elsewhere. A score never depends on the rows beside it."""
 
     data: Path | None = None
     """Prepared folder with held-out rows; None: the one that the checkpoint names."""
@@ -32,8 +33,8 @@ class PrecisionConfig:
     search_split: str = "valid"
     """Split that ranges and types are chosen on."""
 
-    search_rows: int = 20_000
-    """Rows of it, evenly spread; all if fewer."""
+    search_rows: int = 100_000
+    """Rows of it, evenly spread; all if fewer. With few rows a search keeps larger types, to be safe."""
 
     verify_split: str = "test"
     """Split that the snapshot is verified on."""

@@ -22,9 +22,8 @@ from torch import Tensor
 from tightrec.formats.columns import Columns
 from tightrec.formats.schema import load_schema
 from tightrec.snapshot import store
-from tightrec.snapshot.calibrate import Ranges, chosen_ranges, input_histograms
+from tightrec.snapshot.calibrate import chosen_ranges, input_histograms
 from tightrec.snapshot.config import ExportConfig, PrecisionConfig
-from tightrec.snapshot.layers import StoredLayer, store_layer
 from tightrec.snapshot.loader import load
 from tightrec.snapshot.monitor import score_histogram
 from tightrec.snapshot.packed import pack, row_bytes
@@ -173,7 +172,8 @@ def build(
     writer = store.SnapshotWriter(partial)
     for name, kind in plan.tables.items():
         writer.write_table(name, kind, checkpoint.model.embedding_dim, _packed(checkpoint, name, plan))
-    writer.write_dense(_stored_layers(parts, plan, ranges), parts.extras)
+    layers = {name: layer.stored(plan.layers[name], ranges.get(name)) for name, layer in parts.layers.items()}
+    writer.write_dense(layers, parts.extras)
     if found is not None:
         writer.write_file("sensitivity.json", json.dumps(sensitivity_json(found), indent=1).encode())
         from tightrec.snapshot.plot import plot_sensitivity
@@ -227,16 +227,6 @@ def _packed(checkpoint: Checkpoint, name: str, plan: Plan) -> Tensor:
         return pack(checkpoint.table(name), plan.tables[name], plan.row_search)
     except ValueError as error:
         raise ValueError(f"table {name}: {error}") from None
-
-
-def _stored_layers(parts: Parts, plan: Plan, ranges: Ranges) -> dict[str, StoredLayer]:
-    stored = {}
-    for name, layer in parts.layers.items():
-        try:
-            stored[name] = store_layer(layer.weight, layer.bias, plan.layers[name], ranges.get(name))
-        except ValueError as error:
-            raise ValueError(f"layer {name}: {error}") from None
-    return stored
 
 
 def plan_bytes(parts: Parts, plan: Plan) -> int:

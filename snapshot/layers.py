@@ -93,9 +93,12 @@ def store_layer(
     return StoredLayer(kind=kind, weight=weight.contiguous(), bias=bias)
 
 
-def make_layer(stored: StoredLayer, *, relu: bool, device: torch.device) -> nn.Module:
+def make_layer(
+    stored: StoredLayer, *, relu: bool, device: torch.device, nonnegative: bool = False
+) -> nn.Module:
     """Build the module: float32 [B, K] to float32 [B, N], followed by a ReLU where `relu`; B may be 0.
 
+    `nonnegative` promises that no input is below 0, as behind a ReLU: the same numbers, sooner.
     The module owns what it needs and cannot be pickled or copied; make another from the stored layer.
 
     Raises ValueError for tensors that do not belong together, and where this processor has no operator.
@@ -113,7 +116,9 @@ def make_layer(stored: StoredLayer, *, relu: bool, device: torch.device) -> nn.M
         return _Half(stored, relu)
     if on_gpu:
         return _GpuInt8(stored, relu, device)
-    return _RowInt8(stored, relu) if stored.activation is None else _FixedInt8(stored, relu)
+    if stored.activation is None:
+        return _RowInt8(stored, relu, nonnegative)
+    return _FixedInt8(stored, relu)
 
 
 def layer_bytes(kind: str, outputs: int, inputs: int, bias: bool) -> int:
@@ -187,15 +192,21 @@ class _RowInt8(_Layer):
     of one first, the fused operator then quantises with scale 1, and the output is scaled back.
     """
 
-    def __init__(self, stored: StoredLayer, relu: bool) -> None:
+    def __init__(self, stored: StoredLayer, relu: bool, nonnegative: bool) -> None:
         super().__init__(relu)
         assert stored.scale is not None
+        self.nonnegative = nonnegative
         self.packed = _packed(stored, None)
         self.operator = _fused(False)
         self.sums = stored.weight.sum(1, dtype=torch.int32).to(torch.float32) * stored.scale
         self.bias = _bias(stored)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.nonnegative:
+            # Every zero point is 0, and what it stands in can be left out.
+            step = _step(x.amax(1, keepdim=True))
+            y = self.operator(x.div(step), 1.0, 0, self.packed).mul_(step).add_(self.bias)
+            return torch.relu_(y) if self.relu else y
         step, zero = row_steps(x)
         y = self.operator(x.div(step).sub_(zero), 1.0, 0, self.packed)
         # One operation at a time: fused forms round differently from processor to processor.
@@ -250,8 +261,13 @@ def row_steps(x: Tensor) -> tuple[Tensor, Tensor]:
     The zero points are integers between -255 and 0; q lies between 0 and 255.
     """
     low, high = x.amin(1, keepdim=True).clamp_max_(0.0), x.amax(1, keepdim=True).clamp_min_(0.0)
-    step = high.sub_(low).mul_(1.0 / ROW_STEPS).clamp_min_(torch.finfo(torch.float32).tiny)
+    step = _step(high.sub_(low))
     return step, low.div_(step).floor_()
+
+
+def _step(width: Tensor) -> Tensor:
+    """Step of rows whose values span `width` [B, 1], which is overwritten."""
+    return width.mul_(1.0 / ROW_STEPS).clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def _store_int8(weight: Tensor, bias: Tensor | None, activation: tuple[float, float] | None) -> StoredLayer:

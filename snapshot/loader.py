@@ -133,7 +133,8 @@ def load(
         ValueError: there is no snapshot, or it is damaged or of an unknown version (names the file); the
             device is not there; a setting is wrong.
     """
-    folder = Path(path)
+    # Resolved once: a link such as a watcher's `current` may move on while files are read.
+    folder = Path(path).resolve()
     where = _device(device)
     if threads is not None:
         if threads < 1:
@@ -178,7 +179,10 @@ def _scorer(folder: Path, manifest: SnapshotManifest, device: torch.device) -> S
     stored, extras = store.read_dense(folder, manifest)
     if set(extras) != set(extra_keys(len(manifest.dense))):
         raise DamagedSnapshot(folder, f"{store.DENSE_FILE}: its small tensors are not those of its model")
-    layers = {spec.name: make_layer(stored[spec.name], relu=spec.relu, device=device) for spec in specs}
+    layers = {
+        spec.name: make_layer(stored[spec.name], relu=spec.relu, device=device, nonnegative=spec.nonnegative)
+        for spec in specs
+    }
     shapes = [
         TableShape(name=table.name, kind=table.kind, rows=table.rows, dim=table.dim)
         for table in manifest.tables

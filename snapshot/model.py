@@ -3,14 +3,17 @@
 Legend: B rows, F sparse features, D embedding dim, N = F + 1 vectors a row (the first from the dense part).
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from tightrec.models.config import ModelConfig
-from tightrec.models.interaction import DotInteraction, side_by_side
+from tightrec.models.interaction import DotInteraction
+
+Tap = Callable[[str, Tensor | None, Tensor], object]
+"""Looks on while a model runs: a part's name, what it took in, what came out."""
 
 CONSTANT = "constant"
 """The learned vector [D] that stands for the bottom MLP where the model has no dense columns."""
@@ -32,32 +35,39 @@ class LayerSpec:
     relu: bool
     """Whether a ReLU follows."""
 
+    @property
+    def nonnegative(self) -> bool:
+        """Whether its input comes out of a ReLU."""
+        return behind_relu(self.name)
+
+
+def behind_relu(name: str) -> bool:
+    """Whether the layer ``name`` is one of an MLP, but not its first."""
+    part, _, place = name.partition(".")
+    return part in ("bottom", "top") and place != "0"
+
 
 def layer_specs(config: ModelConfig, dense: int) -> list[LayerSpec]:
     """The dense layers of a model with ``dense`` dense columns, in the order in which they run."""
-    specs = []
+    specs: list[LayerSpec] = []
 
-    def linear(name: str, key: str, relu: bool) -> None:
-        specs.append(LayerSpec(name=name, weight=f"{key}.weight", bias=f"{key}.bias", relu=relu))
+    def linear(name: str, weight: str, bias: str | None, relu: bool = False) -> None:
+        specs.append(LayerSpec(name=name, weight=weight, bias=bias, relu=relu))
+
+    def mlp(name: str, key: str, relu: bool = True) -> None:
+        linear(name, f"{key}.weight", f"{key}.bias", relu)
 
     if dense:
         for i in range(len(config.bottom_layers) + 1):
-            linear(f"bottom.{i}", f"dense_arch.model._mlp.{i}._linear", True)
+            mlp(f"bottom.{i}", f"dense_arch.model._mlp.{i}._linear")
     if config.architecture == "dcnv2":
+        key = "inter_arch.crossnet"
         for i in range(config.cross_layers):
-            key = "inter_arch.crossnet"
-            specs.append(LayerSpec(name=f"cross.{i}.v", weight=f"{key}.V_kernels.{i}", bias=None, relu=False))
-            specs.append(
-                LayerSpec(
-                    name=f"cross.{i}.w",
-                    weight=f"{key}.W_kernels.{i}",
-                    bias=f"{key}.bias.{i}",
-                    relu=False,
-                )
-            )
+            linear(f"cross.{i}.v", f"{key}.V_kernels.{i}", None)
+            linear(f"cross.{i}.w", f"{key}.W_kernels.{i}", f"{key}.bias.{i}")
     for i in range(len(config.top_layers)):
-        linear(f"top.{i}", f"over_arch.model.0._mlp.{i}._linear", True)
-    linear(f"top.{len(config.top_layers)}", "over_arch.model.1", False)
+        mlp(f"top.{i}", f"over_arch.model.0._mlp.{i}._linear")
+    mlp(f"top.{len(config.top_layers)}", "over_arch.model.1", relu=False)
     return specs
 
 
@@ -101,56 +111,60 @@ class Scorer(nn.Module):
         self.register_buffer(CONSTANT, extras[CONSTANT].to(device) if CONSTANT in extras else None)
         self.interaction = DotInteraction(1 + sparse, device) if config.architecture == "dlrm" else None
 
-    def forward(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, dense: Tensor, ids: Tensor, offsets: Tensor, tap: Tap | None = None) -> Tensor:
         """Logits float32 [B].
 
         Args:
             dense: float32 [B, dense columns].
             ids: int64 [sum of bag sizes], each in its table or the overflow row.
             offsets: int64 [F * B + 1]; bag f * B + b is feature f of row b.
+            tap: called with every part's name, what a layer took in (None of other parts) and what came out.
         """
-        for _name, out in self.stages(dense, ids, offsets):
-            last = out
-        return last
+        pooled = self.lookup(ids, offsets)
+        if tap:
+            tap("tables", None, pooled)
+        if self.constant is None:
+            vector = _through(self.bottom, "bottom", dense, tap)
+        else:
+            vector = self.constant.expand(dense.shape[0], -1)
+        both = torch.cat((vector, pooled), 1)
+        mixed = self._crossed(both, tap) if self.interaction is None else self.interaction.mix(vector, both)
+        if tap:
+            tap("interaction", None, mixed)
+        logits = _through(self.top, "top", mixed, tap).squeeze(1)
+        if tap:
+            tap("logits", None, logits)
+        return logits
 
     def stages(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What every part puts out, in order: ``tables`` [B, F * D], layers, ``interaction``, ``logits``."""
-        for name, _, out in self._steps(dense, ids, offsets):
-            yield name, out
+        found: list[tuple[str, Tensor]] = []
+        self(dense, ids, offsets, lambda name, _, out: found.append((name, out)))
+        return iter(found)
 
     def layer_inputs(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
         """What every layer takes in [B, in], by the layer's name, in order."""
-        for name, taken, _ in self._steps(dense, ids, offsets):
-            if taken is not None:
-                yield name, taken
+        found: list[tuple[str, Tensor | None]] = []
+        self(dense, ids, offsets, lambda name, taken, _: found.append((name, taken)))
+        return iter([(name, taken) for name, taken in found if taken is not None])
 
-    def _steps(
-        self, dense: Tensor, ids: Tensor, offsets: Tensor
-    ) -> Iterator[tuple[str, Tensor | None, Tensor]]:
-        names = iter(self.names)
-        pooled = self.lookup(ids, offsets)
-        yield "tables", None, pooled
-        if self.constant is not None:
-            vector = self.constant.expand(dense.shape[0], -1)
-        else:
-            vector = dense
-            for layer in self.bottom:
-                taken, vector = vector, layer(vector)
-                yield next(names), taken, vector
-        columns = pooled.unflatten(1, (self.sparse, self.dim)).unbind(1)
-        if self.interaction is not None:
-            mixed = self.interaction(vector, columns)
-        else:
-            first = mixed = side_by_side(vector, columns)
-            for v, w in zip(self.cross[::2], self.cross[1::2], strict=True):
-                low = v(mixed)
-                yield next(names), mixed, low
-                # The bias is the layer's own here and added to the same sum in the trained model.
-                high = w(low)
-                yield next(names), low, high
-                mixed = first * high + mixed
-        yield "interaction", None, mixed
-        for layer in self.top:
-            taken, mixed = mixed, layer(mixed)
-            yield next(names), taken, mixed
-        yield "logits", None, mixed.squeeze(1)
+    def _crossed(self, first: Tensor, tap: Tap | None) -> Tensor:
+        """A low-rank cross network (Wang et al. 2021, DCN v2) over [B, N * D]."""
+        mixed = first
+        for i, (v, w) in enumerate(zip(self.cross[::2], self.cross[1::2], strict=True)):
+            low = v(mixed)
+            # The bias is the layer's own here and added to the same sum in the trained model.
+            high = w(low)
+            if tap:
+                tap(f"cross.{i}.v", mixed, low)
+                tap(f"cross.{i}.w", low, high)
+            mixed = first * high + mixed
+        return mixed
+
+
+def _through(layers: nn.ModuleList, part: str, values: Tensor, tap: Tap | None) -> Tensor:
+    for i, layer in enumerate(layers):
+        taken, values = values, layer(values)
+        if tap:
+            tap(f"{part}.{i}", taken, values)
+    return values

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema
 from tightrec.models.config import ModelConfig
-from tightrec.snapshot.layers import layer_bytes, make_layer, store_layer
+from tightrec.snapshot.layers import StoredLayer, layer_bytes, make_layer, store_layer
 from tightrec.snapshot.lookup import Lookup, TableShape
 from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs
 from tightrec.snapshot.packed import pack
@@ -41,6 +41,17 @@ class Layer:
 
     bias: Tensor | None
     """[out]"""
+
+    def stored(self, kind: str, activation: tuple[float, float] | None = None) -> StoredLayer:
+        """The layer at a type.
+
+        Raises:
+            ValueError: the type cannot hold its weights; names the layer.
+        """
+        try:
+            return store_layer(self.weight, self.bias, kind, activation)
+        except ValueError as error:
+            raise ValueError(f"layer {self.spec.name}: {error}") from None
 
     def bytes(self, kind: str) -> int:
         """Stored size at a type."""
@@ -97,9 +108,9 @@ class Parts:
 
     def layer(self, name: str, kind: str, activation: tuple[float, float] | None = None) -> nn.Module:
         """A dense layer at a type, ready to run."""
-        layer = self.layers[name]
-        stored = store_layer(layer.weight, layer.bias, kind, activation)
-        return make_layer(stored, relu=layer.spec.relu, device=CPU)
+        spec = self.layers[name].spec
+        stored = self.layers[name].stored(kind, activation)
+        return make_layer(stored, relu=spec.relu, device=CPU, nonnegative=spec.nonnegative)
 
     def scorer(self, plan: Plan, ranges: Mapping[str, tuple[float, float]] | None = None) -> Scorer:
         """The model at the types of ``plan``.

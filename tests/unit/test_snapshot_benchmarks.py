@@ -160,7 +160,7 @@ def test_variants_take_turns_on_the_same_batches_and_none_on_what_another_just_r
     seen: list[tuple[str, int]] = []
     variants = {name: lambda batch, name=name: seen.append((name, batch)) for name in ("a", "b", "c")}
     seconds = scripts("latency").timed(variants, list(range(12)), 24)
-    assert {name: len(spent) for name, spent in seconds.items()} == dict.fromkeys(variants, 24)
+    assert {name: int((spent > 0).sum()) for name, spent in seconds.items()} == dict.fromkeys(variants, 24)
     turns = [seen[start : start + 3] for start in range(0, len(seen), 3)]
     orders = [[name for name, _ in turn] for turn in turns]
     assert all(sorted(order) == ["a", "b", "c"] for order in orders)
@@ -238,7 +238,7 @@ def test_tables_of_every_type_are_served_from_where_they_were_written(
     tables = 2 * 50_000 * row_bytes(kind, 16)
     assert tables < size < tables + 200_000
     served = memory.serve(tmp_path / "snapshot", True, config)
-    assert 0 < served.loaded_bytes <= served.peak_bytes
+    assert 0 < served.loaded_bytes <= served.peak_bytes + 2**24  # the kernel counts the two in different ways
     assert served.load_s > 0
     assert served.rows_per_s > 0
     manifest = memory.load(tmp_path / "snapshot").manifest

@@ -366,3 +366,18 @@ def test_fused_multiply_add_rounds_once() -> None:
             other = torch.nextafter(found[i], torch.tensor(neighbour)).item()
             assert off <= abs(Fraction(other) - exact)
     assert found[0] != found[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(0, 5), st.integers(1, 70), st.integers(1, 40), st.booleans(), st.integers(0, 2**31))
+def test_inputs_that_are_promised_not_negative_give_the_same_numbers(
+    batch: int, inputs: int, outputs: int, relu: bool, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    stored = store_layer(weight, torch.randn(outputs, generator=generator), "int8")
+    x = torch.randn(batch, inputs, generator=generator).relu_() * 10.0 ** (seed % 7 - 3)
+    plain, promised = (
+        make_layer(stored, relu=relu, device=CPU, nonnegative=nonnegative) for nonnegative in (False, True)
+    )
+    assert torch.equal(plain(x), promised(x))

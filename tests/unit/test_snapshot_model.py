@@ -118,6 +118,8 @@ def test_stages_and_inputs_follow_one_another(dense: int, shape: dict[str, Any])
     assert list(inputs) == names
     assert [name for name in stages if name in inputs] == names
     assert torch.equal(stages["logits"], logits)
+    promised = {spec.name for spec in layer_specs(config, dense) if spec.nonnegative}
+    assert promised == {name for name, taken in inputs.items() if bool((taken >= 0).all())}
     assert torch.equal(inputs["top.1"], stages["top.0"])
     assert torch.equal(inputs["top.0"], stages["interaction"])
     if dense:
