@@ -28,12 +28,6 @@ FAILED = { echo "make setup: $(1)" >&2; exit 1; }
 NETWORK := see pip's message above. Check the network, the disk and pip's index settings \
 	(PIP_INDEX_URL, PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS), then run make setup again
 
-# Whether the run folder argv[1] has something to export: a checkpoint, and rows to verify it on.
-EXPORTABLE := import sys; from pathlib import Path; from tightrec.formats import checkpoint_files, schema; \
-	newest = checkpoint_files.latest_complete(Path(sys.argv[1], "checkpoints")); \
-	data = newest and checkpoint_files.read_manifest(newest).extra["data"]; \
-	sys.exit(0 if data and {"valid", "test"} <= schema.load_schema(Path(data)).rows.keys() else 3)
-
 .DEFAULT_GOAL := help
 .PHONY: help setup train test check types bench bench-gpu doctor clean distclean
 
@@ -64,21 +58,13 @@ $(READY): $(wildcard requirements/*.txt) pyproject.toml
 	tightrec itself could not be installed: see pip's message above.)
 	@rm -f $(HALF); touch $@; echo "$(VENV) is ready ($(STACK)); make doctor looks closer"
 
-# The trainer links runs/latest to its run folder; removed before, it can only mean this run afterwards.
+# Where the trainer names its run folder once it has finished; a second training at once has another file.
+train: export TIGHTREC_HANDOVER := $(if $(filter none,$(EXPORT)),,$(shell mktemp -u))
 train: setup ## Train on NPROC=2 ranks, export a snapshot (ARGS="data=movielens ..." EXPORT="precision=int4"|none)
-	@test ! -L runs/latest || rm runs/latest
 	OMP_NUM_THREADS=$(THREADS) $(VENV)/bin/torchrun --standalone --nproc-per-node $(NPROC) -m tightrec.trainer $(ARGS)
 ifneq ($(strip $(EXPORT)),none)
-	@run=$$(cd -P ./runs/latest 2>/dev/null && pwd) || { \
-	$(if $(findstring run_folder=,$(ARGS)),echo "make train: no run folder below runs/: no snapshot is exported";) exit 0; }; \
-	test -d "$$run/checkpoints" || exit 0; \
-	$(VENV)/bin/python -c '$(EXPORTABLE)' "$$run"; status=$$?; \
-	if test $$status = 3; then \
-	echo "make train: $$run has no checkpoint, or its data no valid or no test split: no snapshot is exported"; \
-	exit 0; fi; \
-	test $$status = 0 || exit $$status; \
-	set -x; $(VENV)/bin/python -m tightrec.snapshot export "checkpoint=$$run" "out=$$run/snapshot" \
-	replace=true $(EXPORT)
+	@run=$$($(VENV)/bin/python -m tightrec.trainer.handover) || exit; test -z "$$run" || { set -x; \
+	$(VENV)/bin/python -m tightrec.snapshot export "checkpoint=$$run" "out=$$run/snapshot" replace=true $(EXPORT); }
 endif
 
 test: setup ## Run the tests (ARGS="tests/unit -k schema" passes words to pytest)

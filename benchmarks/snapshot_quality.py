@@ -53,7 +53,7 @@ class QualityConfig:
     budget_ne: float = 0.0002
     """Of ``auto``."""
 
-    search_rows: int = 20_000
+    search_rows: int = 100_000
     """Rows of the validation split that ranges and types are chosen on."""
 
     only: str | None = None
@@ -124,15 +124,9 @@ def build_one(material: Material, way: Way, config: PrecisionConfig, folder: Pat
     return Found(way=way, plan=plan, verification=verification)
 
 
-def counted(kinds: dict[str, str]) -> str:
-    """How many parts have which type."""
-    values = list(kinds.values())
-    return ", ".join(f"{values.count(kind)} {kind}" for kind in sorted(set(values)))
-
-
 def table(found: Sequence[Found]) -> str:
     heads = ["snapshot", "NE loss, %", "AUC change", "size, %", "worst score change", "99.9 %"]
-    rows = ["| " + " | ".join([*heads, "tables", "layers"]) + " |", "|---" * (len(heads) + 2) + "|"]
+    rows = ["| " + " | ".join([*heads, "types"]) + " |", "|---" * (len(heads) + 1) + "|"]
     for one in found:
         verdict = one.verification
         cells = [
@@ -142,8 +136,7 @@ def table(found: Sequence[Found]) -> str:
             f"{100 * one.size:.1f}",
             f"{verdict.worst_change:.2g}",
             f"{verdict.p999_change:.2g}",
-            counted(one.plan.tables),
-            counted(one.plan.layers),
+            one.plan.counts,
         ]
         rows.append("| " + " | ".join(cells) + " |")
     return "\n".join(rows)

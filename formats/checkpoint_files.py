@@ -212,12 +212,12 @@ def publish(folder: Path, manifest: Manifest) -> Path:
         json.dump({**values, "crc32": _crc_of(values)}, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
-    _flush_folder(partial)
+    flush_folder(partial)
     old = whole.with_name(whole.name + ".old")
     if whole.exists():
         whole.rename(old)
     partial.rename(whole)
-    _flush_folder(folder)
+    flush_folder(folder)
     if old.exists():
         _delete(old)
     return whole
@@ -278,7 +278,8 @@ def _crc_of(values: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(values, sort_keys=True).encode()):08x}"
 
 
-def _flush_folder(folder: Path) -> None:
+def flush_folder(folder: Path) -> None:
+    """Flush a folder's entries to the disk, so that a rename in it outlives a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -104,7 +104,7 @@ def load_schema(folder: Path) -> Schema:
     path = folder / SCHEMA_FILE
     if not path.is_file():
         raise ValueError(
-            f"{path} does not exist. Point data.path at a folder written by "
+            f"{path} does not exist. Name a folder written by "
             "`python -m tightrec.trainer.data.prepare`, or prepare one first."
         )
     try:

@@ -9,8 +9,8 @@ DONE, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130
 def main(words: list[str] | None = None) -> int:
     """Run one command; returns the exit status.
 
-    0: done, and what was verified passed. 1: a snapshot past its budget, or a file that cannot be read or
-    written; nothing was published. 2: a mistake in the words or settings. 130: interrupted by Ctrl-C.
+    0: done, and what was verified passed. 1: a snapshot past its budget, which is not published, or a full
+    disk or memory. 2: a mistake in the words or settings, or a damaged file. 130: interrupted by Ctrl-C.
     """
     try:
         # Deferred so that Ctrl-C while torch is loaded ends in the same way as later.
@@ -32,7 +32,7 @@ def main(words: list[str] | None = None) -> int:
     except (OSError, MemoryError, ImportError) as error:
         where = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         words_of_it = getattr(error, "strerror", None) or str(error) or "out of memory"
-        print(f"error: {where}{words_of_it}; nothing was published", file=sys.stderr)
+        print(f"error: {where}{words_of_it}", file=sys.stderr)
         return FAILED
 
 

@@ -92,20 +92,17 @@ def _export(config: ExportConfig) -> int:
 
 
 def _summary(done: Exported) -> list[str]:
-    kinds = [*done.plan.tables.values()], [*done.plan.layers.values()]
-    lines = [f"tables {_counted(kinds[0])}; layers {_counted(kinds[1])}"]
+    lines = [done.plan.counts]
     verdict = done.verification
     lines.append(verdict.sentence if verdict else "not verified, as verify=false asks")
     return lines
 
 
-def _counted(kinds: Sequence[str]) -> str:
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds)))
-
-
 def _show(config: ShowConfig) -> int:
-    manifest = store.read_manifest(config.snapshot)
-    store.check(config.snapshot, manifest)
+    # Resolved once: a watcher may move its link meanwhile.
+    folder = config.snapshot.resolve()
+    manifest = store.read_manifest(folder)
+    store.check(folder, manifest)
     size = sum(record.size_bytes for record in manifest.files.values())
     say(f"{config.snapshot}: step {manifest.step}, {size:,} bytes in {len(manifest.files)} files, all intact")
     for table in manifest.tables:

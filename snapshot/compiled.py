@@ -11,6 +11,7 @@ table reads memory that is not the table's. Such files contain pickles of torch'
 no checksum: open only those that you trust.
 """
 
+import io
 import os
 import subprocess
 import sys
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_settings
 
 from tightrec.snapshot.compiled_layers import CPU, exported_layer, scripted_layer
-from tightrec.snapshot.differences import Batch
+from tightrec.snapshot.differences import ScorerInputs
 from tightrec.snapshot.loader import Snapshot, load
 from tightrec.snapshot.lookup import Lookup
 from tightrec.snapshot.model import CONSTANT, Scorer, layer_specs
@@ -106,16 +107,17 @@ def compile_to(snapshot: Path | str, out: Path | str, form: Form = "torch.export
             this processor lacks an operator, or the file does not give the snapshot's logits.
     """
     began = time.perf_counter()
-    folder, path = Path(snapshot), Path(out)
+    # Resolved once, as in load(), which may be given a link that moves on before the layers are read again.
+    folder, path = Path(snapshot).resolve(), Path(out)
     if form not in get_args(Form):
         raise ValueError(f"form={form!r} is not known. Give one of {', '.join(get_args(Form))}.")
     if path.exists():
         raise ValueError(f"out={path} is there already. Give another file name.")
     if not path.parent.is_dir():
         raise ValueError(f"out={path}: the folder {path.parent} does not exist. Make it first.")
-    if folder.resolve() in path.resolve().parents:
+    if folder in path.resolve().parents:
         raise ValueError(
-            f"out={path} is inside the snapshot {folder}, which holds nothing but what its manifest names. "
+            f"out={path} is inside the snapshot {folder}, where only its exporter and its watcher write. "
             "Give a file outside."
         )
     eager = load(folder)
@@ -139,7 +141,7 @@ def compile_to(snapshot: Path | str, out: Path | str, form: Form = "torch.export
     )
 
 
-def random_batches(snapshot: Snapshot) -> list[Batch]:
+def random_batches(snapshot: Snapshot) -> list[ScorerInputs]:
     """Batches of BATCH_SIZES rows, the same every time: bags of 0 to MOST_IDS ids, some the overflow row."""
     generator = torch.Generator().manual_seed(0)
     rows = [table.rows for table in snapshot.manifest.tables]
@@ -161,7 +163,7 @@ class _Tables(nn.Module):
 
     def __init__(self, lookup: Lookup) -> None:
         super().__init__()
-        before, after = lookup._operator_arguments()
+        before, after = lookup.operator_arguments()
         self.before, self.after = self._kept("before", before), self._kept("after", after)
 
     def _kept(self, part: str, values: Sequence[Any]) -> list[tuple[str, Any]]:
@@ -207,17 +209,21 @@ def _model(folder: Path, eager: Snapshot, form: Form) -> Scorer:
     return Scorer(config, len(eager.features), _Tables(eager.scorer.lookup), layers, {}, CPU).eval()
 
 
-def _write(model: Scorer, example: Batch, form: Form, path: Path) -> None:
+def _write(model: Scorer, example: ScorerInputs, form: Form, path: Path) -> None:
+    # In memory first: torch ends the process where a disk is full.
+    archive = io.BytesIO()
     with torch.no_grad(), _quiet():
         if form == "torchscript":
-            torch.jit.save(torch.jit.trace(model, example, check_trace=False), path)
+            torch.jit.save(torch.jit.trace(model, example, check_trace=False), archive)
+            path.write_bytes(archive.getbuffer())
             return
         rows, ids = torch.export.Dim("rows", min=0), torch.export.Dim("ids", min=0)
         sizes = ({0: rows}, {0: ids}, {0: model.sparse * rows + 1})
         # Else torch takes 0 and 1 for sizes of their own kind, and the file for none but larger batches.
         with shape_settings.patch(backed_size_oblivious=True):
             program = torch.export.export(model, example, dynamic_shapes=sizes, strict=False)
-        torch.export.save(program, path)
+        torch.export.save(program, archive)
+    path.write_bytes(archive.getbuffer())
 
 
 @contextmanager
@@ -247,7 +253,7 @@ if "tightrec" in sys.modules:
 """
 
 
-def require_same(path: Path, form: Form, batches: Sequence[Batch], wanted: Sequence[Tensor]) -> None:
+def require_same(path: Path, form: Form, batches: Sequence[ScorerInputs], wanted: Sequence[Tensor]) -> None:
     """Compare a file with logits bit for bit, in a process that imports torch and fbgemm_gpu only.
 
     Raises:
@@ -258,7 +264,7 @@ def require_same(path: Path, form: Form, batches: Sequence[Batch], wanted: Seque
         torch.save(list(zip(batches, wanted, strict=True)), expected)
         # The same threads: sums of float32 layers are split among them.
         threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-        words = [sys.executable, "-I", "-c", _FRESH, form, str(path), str(expected)]
+        words = [sys.executable, "-I", "-c", _FRESH, form, str(path.resolve()), str(expected)]
         done = subprocess.run(
             words, capture_output=True, text=True, cwd=scratch, env=os.environ | threads, check=False
         )

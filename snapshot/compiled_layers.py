@@ -14,14 +14,11 @@ Legend: B rows of a batch, K inputs and N outputs of a layer.
 import torch
 from torch import Tensor, nn
 
-from tightrec.snapshot.layer_reference import fused_multiply_add, levels_fixed
+from tightrec.snapshot.integers import fixed_levels, fused_multiply_add, products
 from tightrec.snapshot.layers import ACTIVATION_BITS, StoredLayer, make_layer, row_steps
 from tightrec.snapshot.ranges import affine
 
 CPU = torch.device("cpu")
-
-_OFFSET = 128
-"""From levels 0 to 255 to int8, which torch._int_mm takes."""
 
 
 def scripted_layer(stored: StoredLayer, relu: bool) -> nn.Module:
@@ -100,10 +97,6 @@ class _Integers(_Layer):
         self.register_buffer("scale", stored.scale)
         self.register_buffer("sums", stored.weight.sum(1, dtype=torch.int32))
 
-    def multiply(self, levels: Tensor) -> Tensor:
-        """Products of integers 0 to 255 [B, K] with the weights: int32 [B, N]."""
-        return torch._int_mm((levels - _OFFSET).to(torch.int8), self.weight) + _OFFSET * self.sums
-
 
 class _FixedIntegers(_Integers):
     """The input quantised in a fixed range, with the roundings of fbgemm's fused operator."""
@@ -119,8 +112,8 @@ class _FixedIntegers(_Integers):
         self.register_buffer("factor", self.inputs_scale * self.scale)
 
     def forward(self, x: Tensor) -> Tensor:
-        levels = levels_fixed(x, self.inputs_scale, self.zero_point)
-        sums = self.multiply(levels) - self.zero_point * self.sums
+        levels = fixed_levels(x, self.inputs_scale, self.zero_point)
+        sums = products(levels, self.weight, self.sums) - self.zero_point * self.sums
         y = fused_multiply_add(sums.to(torch.float32), self.factor, self.bias)
         return torch.relu(y) if self.relu else y
 
@@ -135,7 +128,7 @@ class _RowIntegers(_Integers):
     def forward(self, x: Tensor) -> Tensor:
         step, zero = row_steps(x)
         levels = torch.round(x / step - zero).clamp(0, 255)
-        y = self.multiply(levels).to(torch.float32) * self.scale
+        y = products(levels, self.weight, self.sums).to(torch.float32) * self.scale
         y = (y + zero * self.row_sums) * step + self.bias
         return torch.relu(y) if self.relu else y
 

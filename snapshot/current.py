@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 
 from tightrec.snapshot import store
-from tightrec.snapshot.publish import flush_folder
+from tightrec.snapshot.manifest import DamagedSnapshot, SnapshotManifest, read_manifest
+from tightrec.snapshot.publish import flush_folder, partial_of, publish
 
 CURRENT = "current"
 REJECTED = "rejected"
@@ -40,7 +41,7 @@ class Kept:
     path: Path
     """Where it stands."""
 
-    manifest: store.SnapshotManifest
+    manifest: SnapshotManifest
     """What it says of itself."""
 
     note: Mapping[str, Any]
@@ -95,7 +96,7 @@ def find_verified(out: Path) -> list[Kept]:
         if ".partial-" in path.name or path.is_symlink():
             continue
         try:
-            manifest = store.read_manifest(path)
+            manifest = read_manifest(path)
             store.check(path, manifest, contents=False)
         except ValueError:
             continue
@@ -111,8 +112,8 @@ def find_unreadable(out: Path) -> list[tuple[Path, str]]:
         if ".partial-" in path.name or path.is_symlink() or not path.is_dir():
             continue
         try:
-            store.check(path, store.read_manifest(path))
-        except store.DamagedSnapshot as error:
+            store.check(path, read_manifest(path))
+        except DamagedSnapshot as error:
             found.append((path, error.problem))
     return found
 
@@ -147,7 +148,7 @@ def free_name(folder: Path, name: str) -> Path:
 def add(partial: Path, path: Path, note: Mapping[str, Any]) -> None:
     """Write ``note`` into the whole and verified snapshot ``partial`` and give it its name ``path``."""
     _write(partial / _NOTE, note)
-    store.publish(partial, path)
+    publish(partial, path)
 
 
 def set_aside(out: Path, folder: Path, name: str, report: Mapping[str, Any]) -> Path:
@@ -225,11 +226,12 @@ def _write(path: Path, values: Mapping[str, Any]) -> None:
         file.write(json.dumps(values, indent=1) + "\n")
         file.flush()
         os.fsync(file.fileno())
+    flush_folder(path.parent)
 
 
 def _delete(path: Path) -> None:
     # Renamed first: a kill in the middle must not leave half a snapshot under a whole one's name.
-    partial = store.partial_of(path)
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     path.rename(partial)
     shutil.rmtree(partial)

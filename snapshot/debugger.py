@@ -20,7 +20,7 @@ from torch import Tensor
 from tightrec.formats.columns import Columns
 from tightrec.snapshot.calibrate import chosen_ranges
 from tightrec.snapshot.config import PrecisionConfig
-from tightrec.snapshot.differences import TABLE, Batch, Difference, Stage, measure
+from tightrec.snapshot.differences import TABLE, Difference, ScorerInputs, Stage, measure
 from tightrec.snapshot.export import Material, choose, gather
 from tightrec.snapshot.loader import load
 from tightrec.snapshot.manifest import DamagedSnapshot, SnapshotManifest, plain
@@ -107,6 +107,10 @@ def debug(config: DebugConfig, say: Say) -> int:
     Raises:
         ValueError: a setting that does not fit, no rows, a snapshot of another checkpoint.
     """
+    if config.json and not config.json.parent.is_dir():
+        raise ValueError(
+            f"json={config.json}: the folder {config.json.parent} does not exist. Make it first."
+        )
     checkpoint = open_checkpoint(config.checkpoint)
     try:
         report = _stored(checkpoint, config, say) if config.snapshot else _planned(checkpoint, config, say)
@@ -138,26 +142,27 @@ def _planned(checkpoint: Checkpoint, config: DebugConfig, say: Say) -> Report:
 def _stored(checkpoint: Checkpoint, config: DebugConfig, say: Say) -> Report:
     """The snapshot as it would be served."""
     assert config.snapshot is not None
-    manifest = read_manifest(config.snapshot)
-    made_from = manifest.source.get("sha256") or manifest.source.get("fingerprint")
-    if made_from != checkpoint.fingerprint:
+    # Resolved once: a link such as a watcher's `current` may move on while files are read.
+    folder = config.snapshot.resolve()
+    manifest = read_manifest(folder)
+    if manifest.source.get("fingerprint") != checkpoint.fingerprint:
         raise ValueError(
             f"{config.snapshot} was not made from {checkpoint.path} but from "
             f"{manifest.source.get('checkpoint', 'another checkpoint')} (step {manifest.step}). Give "
             "checkpoint=... that one."
         )
     try:
-        check(config.snapshot, manifest)
+        check(folder, manifest)
     except DamagedSnapshot as error:
         say(f"Files differ from the manifest ({error.problem}); compared all the same:")
     # The types are the snapshot's, so that nothing has to be chosen or calibrated.
     chosen = dataclasses.replace(config, precision="int8", ranges="dynamic")
     material = gather(checkpoint, chosen, verified=True)
-    layers, extras = read_dense(config.snapshot, manifest)
-    stored = {f"{TABLE}{n}": w for n, w in worst_rows(config.snapshot, manifest, checkpoint.table)}
+    layers, extras = read_dense(folder, manifest)
+    stored = {f"{TABLE}{n}": w for n, w in worst_rows(folder, manifest, checkpoint.table)}
     stored |= worst_outputs(layers, material.parts.layers)
     stored |= {name: _same(extras.get(name), wanted) for name, wanted in material.parts.extras.items()}
-    low = load(config.snapshot, check=False).scorer
+    low = load(folder, check=False).scorer
     kinds = _kinds(
         {table.name: table.kind for table in manifest.tables},
         {name: layer.kind for name, layer in manifest.layers.items()},
@@ -216,7 +221,7 @@ def _report(
     return Report(stages=stages, stored=stored, findings=findings, rows=len(columns))
 
 
-def _pairs(exact: Columns, low: Columns, batch_size: int) -> Iterator[tuple[Batch, Batch]]:
+def _pairs(exact: Columns, low: Columns, batch_size: int) -> Iterator[tuple[ScorerInputs, ScorerInputs]]:
     return zip(batches(exact, batch_size), batches(low, batch_size), strict=True)
 
 

@@ -20,7 +20,7 @@ TABLE = "table:"
 TABLES = "tables"
 """The stage of all tables together."""
 
-Batch = tuple[Tensor, Tensor, Tensor]
+ScorerInputs = tuple[Tensor, Tensor, Tensor]
 """Dense values [B, dense columns], ids and offsets, as :class:`Scorer` takes them."""
 
 
@@ -73,7 +73,7 @@ class Difference:
     @property
     def cosine(self) -> float:
         """Cosine of the angle between the two; NaN: not finite, or one of them is zero."""
-        norms = math.sqrt(self.signal) * math.sqrt(self.other) if self.other >= 0 else math.nan
+        norms = math.sqrt(self.signal) * math.sqrt(self.other)
         return min(1.0, max(-1.0, self.product / norms)) if norms > 0 and math.isfinite(norms) else math.nan
 
 
@@ -111,7 +111,7 @@ class Stage:
 def measure(
     exact: Scorer,
     low: Scorer,
-    pairs: Iterable[tuple[Batch, Batch]],
+    pairs: Iterable[tuple[ScorerInputs, ScorerInputs]],
     weights: Mapping[str, tuple[Tensor, Tensor | None]],
 ) -> list[Stage]:
     """Run two models side by side.
@@ -130,17 +130,18 @@ def measure(
     layers = _layers(low)
     with torch.inference_mode():
         for batch, low_batch in pairs:
-            inputs = dict(exact.layer_inputs(*batch))
-            for (name, wanted), (_, found) in zip(exact.stages(*batch), low.stages(*low_batch), strict=True):
+            seen: list[tuple[str, Tensor | None, Tensor]] = []
+            exact(*batch, lambda *part, seen=seen: seen.append(part))
+            for (name, taken, wanted), (_, found) in zip(seen, low.stages(*low_batch), strict=True):
                 if name == TABLES:
                     _tables([stages[table] for table in names], wanted, found, exact.dim)
                 stage = stages.setdefault(name, Stage(name))
                 stage.gathered.update(wanted, found)
-                if name in layers:
+                if taken is not None:
                     stage.own = stage.own or Difference()
-                    stage.own.update(wanted, layers[name](inputs[name]))
-                    stage.terms += _terms(inputs[name], *weights[name])
-                    stage.taken = _wider(stage.taken, inputs[name])
+                    stage.own.update(wanted, layers[name](taken))
+                    stage.terms += _terms(taken, *weights[name])
+                    stage.taken = _wider(stage.taken, taken)
     return list(stages.values())
 
 

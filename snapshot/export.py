@@ -17,8 +17,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from tightrec.formats.columns import Columns
 from tightrec.formats.schema import load_schema
 from tightrec.snapshot import store
@@ -26,10 +24,10 @@ from tightrec.snapshot.calibrate import chosen_ranges, input_histograms
 from tightrec.snapshot.config import ExportConfig, PrecisionConfig
 from tightrec.snapshot.loader import load
 from tightrec.snapshot.monitor import score_histogram
-from tightrec.snapshot.packed import pack, row_bytes
-from tightrec.snapshot.parts import Parts, logits_of, read_parts
+from tightrec.snapshot.parts import Parts, logits_of, pack_table, read_parts
 from tightrec.snapshot.plans import AUTO, forced_plan
 from tightrec.snapshot.precision import Plan
+from tightrec.snapshot.publish import require_free
 from tightrec.snapshot.ranges import Histogram
 from tightrec.snapshot.rows import read_rows
 from tightrec.snapshot.search import Found, search, sensitivity_json
@@ -83,8 +81,7 @@ def export(config: ExportConfig, say: Say) -> Exported:
         ValueError: a setting that does not fit, a damaged checkpoint, ``out`` is taken.
     """
     store.tidy(config.out)
-    if config.out.exists() and not config.replace:
-        raise ValueError(f"out={config.out} is there already. Give another folder, or replace=true.")
+    require_free(config.out, config.replace)
     material = gather(open_checkpoint(config.checkpoint), config, verified=config.verify)
     plan, found = choose(material, config, say)
     partial = store.partial_of(config.out)
@@ -119,7 +116,7 @@ def gather(checkpoint: Checkpoint, config: PrecisionConfig, *, verified: bool) -
             rows[setting] = _rows(checkpoint, folder, setting, config)
     parts = read_parts(checkpoint, [columns for columns in rows.values() if columns is not None])
     histograms: dict[str, Histogram] = {}
-    if (searched := rows["search_split"]) is not None:
+    if (searched := rows["search_split"]) is not None and config.ranges != "dynamic":
         scorer = parts.scorer(parts.exact)
         histograms = input_histograms(scorer, parts.narrowed(searched), config.batch_size)
     return Material(
@@ -171,7 +168,10 @@ def build(
     )
     writer = store.SnapshotWriter(partial)
     for name, kind in plan.tables.items():
-        writer.write_table(name, kind, checkpoint.model.embedding_dim, _packed(checkpoint, name, plan))
+        packed = pack_table(name, checkpoint.table(name), kind, plan.row_search)
+        writer.write_table(name, kind, checkpoint.model.embedding_dim, packed)
+        # Before the next table is read.
+        del packed
     layers = {name: layer.stored(plan.layers[name], ranges.get(name)) for name, layer in parts.layers.items()}
     writer.write_dense(layers, parts.extras)
     if found is not None:
@@ -182,7 +182,7 @@ def build(
             plot_sensitivity(found, path)
     facts: dict[str, Any] = {
         "step": checkpoint.step,
-        "source": {"checkpoint": str(checkpoint.path), "sha256": checkpoint.fingerprint},
+        "source": {"checkpoint": str(checkpoint.path), "fingerprint": checkpoint.fingerprint},
         "model": dataclasses.asdict(checkpoint.model),
         "features": {
             "dense": list(checkpoint.schema.dense),
@@ -205,34 +205,19 @@ def build(
             split=config.verify_split,
             budget_ne=config.budget_ne,
             batch_size=config.batch_size,
-            float32_bytes=plan_bytes(parts, parts.exact),
-            snapshot_bytes=plan_bytes(parts, plan),
+            float32_bytes=parts.plan_bytes(parts.exact),
+            snapshot_bytes=parts.plan_bytes(plan),
         )
     rows = material.search_rows if material.verify_rows is None else material.verify_rows
     histogram = None
     if rows is not None:
         probabilities = logits_of(served, rows, config.batch_size).sigmoid()
-        histogram = score_histogram(probabilities.numpy(), rows.labels)
+        # Scores that are not numbers have no place in it; their verification has failed already.
+        if bool(probabilities.isfinite().all()):
+            histogram = score_histogram(probabilities.numpy(), rows.labels)
     writer.finish(
         **facts,
         verification=None if verification is None else dataclasses.asdict(verification),
         score_histogram=histogram,
     )
     return verification
-
-
-def _packed(checkpoint: Checkpoint, name: str, plan: Plan) -> Tensor:
-    """A whole table as it is stored; its float32 rows are gone when this returns, but for fp32."""
-    try:
-        return pack(checkpoint.table(name), plan.tables[name], plan.row_search)
-    except ValueError as error:
-        raise ValueError(f"table {name}: {error}") from None
-
-
-def plan_bytes(parts: Parts, plan: Plan) -> int:
-    """Size of all weights at the types of ``plan``, whole tables counted."""
-    dim = parts.config.embedding_dim
-    rows = {name: c.cardinality for name, c in zip(parts.tables, parts.schema.sparse, strict=True)}
-    tables = sum(rows[name] * row_bytes(kind, dim) for name, kind in plan.tables.items())
-    layers = sum(parts.layers[name].bytes(kind) for name, kind in plan.layers.items())
-    return tables + layers + sum(4 * extra.numel() for extra in parts.extras.values())

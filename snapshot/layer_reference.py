@@ -49,27 +49,22 @@ def summation_error(stored: StoredLayer, x: Tensor) -> Tensor:
     return terms * (x.shape[1] + 2) / 2**23
 
 
-def levels_fixed(x: Tensor, scale: Tensor, zero_point: int) -> Tensor:
-    """Integers 0 to 255 as which a fixed range quantises float32 [B, K]; `scale` is a float32 scalar."""
-    inverse = torch.ones(()) / scale
-    shifted = fused_multiply_add(x, inverse, torch.tensor(float(zero_point)))
-    return torch.round(shifted).clamp(0, 255).to(torch.int64)
+def rounded_once(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    """a * b + c of float32 tensors, rounded to float32 once, as a processor's fused operation does.
 
-
-def fused_multiply_add(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
-    """a * b + c of float32 tensors, rounded to float32 once.
-
-    The product is exact in float64. The sum is rounded to odd there, after which rounding to float32
-    is as good as rounding the exact sum (Boldo and Melquiond, IEEE Transactions on Computers 2008).
+    The product is exact in float64. Rounding the sum there and then to float32 goes wrong only where the
+    first lands midway between two values of float32: which way the exact sum lies decides there.
     """
-    a, b, c = torch.broadcast_tensors(a.double(), b.double(), c.double())
-    product = a * b
+    product, c = torch.broadcast_tensors(a.double() * b.double(), c.double())
     total = product + c
-    back = total - product
-    error = (product - (total - back)) + (c - back)
-    even = (total.contiguous().view(torch.int64) & 1) == 0
-    towards = torch.where(error > 0, torch.inf, -torch.inf).double()
-    return torch.where((error != 0) & even, torch.nextafter(total, towards), total).to(torch.float32)
+    large = torch.where(product.abs() >= c.abs(), product, c)
+    small = torch.where(product.abs() >= c.abs(), c, product)
+    lost = small - (total - large)  # exact (Dekker, Numerische Mathematik 1971)
+    near = total.to(torch.float32)
+    beyond = torch.nextafter(near, torch.where(total > near, torch.inf, -torch.inf).to(torch.float32))
+    midway = (total - near).abs() == (beyond - total).abs()
+    decided = torch.where(lost > 0, torch.maximum(near, beyond), torch.minimum(near, beyond))
+    return torch.where(midway & (lost != 0), decided, near)
 
 
 def _fixed(stored: StoredLayer, x: Tensor) -> Tensor:
@@ -81,9 +76,11 @@ def _fixed(stored: StoredLayer, x: Tensor) -> Tensor:
         scale, zero_point = torch.ones(()), 0
     else:
         zero_point = int(torch.round(-low / scale.double()).clamp(0, 255))
-    sums = (levels_fixed(x, scale, zero_point) - zero_point) @ stored.weight.to(torch.int64).t()
+    shifted = rounded_once(x, torch.ones(()) / scale, torch.tensor(float(zero_point)))
+    levels = torch.round(shifted).clamp(0, 255).to(torch.int64)
+    sums = (levels - zero_point) @ stored.weight.to(torch.int64).t()
     bias = torch.zeros(len(stored.weight)) if stored.bias is None else stored.bias
-    return fused_multiply_add(sums.to(torch.int32).to(torch.float32), scale * stored.scale, bias)
+    return rounded_once(sums.to(torch.int32).to(torch.float32), scale * stored.scale, bias)
 
 
 def _by_row(stored: StoredLayer, x: Tensor) -> Tensor:
@@ -111,7 +108,7 @@ def _sums_fp16(x: Tensor, weight: Tensor) -> Tensor:
         part = total.clone()
         part[:, whole:] = 0
         for k in range(start, min(start + FP16_BLOCK, inputs)):
-            part = fused_multiply_add(x[:, k : k + 1], weight[:, k], part)
+            part = rounded_once(x[:, k : k + 1], weight[:, k], part)
         if start:
             part[:, whole:] += total[:, whole:]
         total = part

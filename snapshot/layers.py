@@ -8,7 +8,10 @@ Legend: B rows of a batch, K inputs and N outputs of a layer.
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import Lock
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +36,11 @@ ROW_STEPS = 254
 MOST_INPUTS = (2**31 - 1) // (255 * WEIGHT_LIMIT)
 """Of an int8 layer: sums of more products could leave int32."""
 
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "int8": torch.int8}
+"""Of the stored weights, by layer type."""
+
+
+_packing = Lock()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,8 @@ def store_layer(
     if activation is not None:
         raise ValueError(f"only int8 layers have a range of their input, not {kind}: leave it out")
     if kind != "fp32":
-        largest = torch.finfo(_DTYPES[kind]).max
-        stored = weight.to(_DTYPES[kind]).contiguous()
+        largest = torch.finfo(DTYPES[kind]).max
+        stored = weight.to(DTYPES[kind]).contiguous()
         _refuse_rows(~torch.isfinite(stored).all(1), f"weights beyond {largest:g}, the largest {kind}")
         return StoredLayer(kind=kind, weight=stored, bias=bias)
     return StoredLayer(kind=kind, weight=weight.contiguous(), bias=bias)
@@ -124,7 +131,7 @@ def make_layer(
 def layer_bytes(kind: str, outputs: int, inputs: int, bias: bool) -> int:
     """Stored bytes of a layer: weights, a float32 bias, and the float32 scales of int8."""
     vectors = int(bias) + int(kind == "int8")
-    return outputs * (inputs * _DTYPES[kind].itemsize + 4 * vectors)
+    return outputs * (inputs * DTYPES[kind].itemsize + 4 * vectors)
 
 
 class _Layer(nn.Module):
@@ -160,9 +167,8 @@ class _Half(_Layer):
     def __init__(self, stored: StoredLayer, relu: bool) -> None:
         super().__init__(relu)
         self.bias = _bias(stored)
-        with warnings.catch_warnings():
+        with _alone_and_quiet():
             # torch announces the operator's removal once, at the first call: spend that here.
-            warnings.simplefilter("ignore")
             self.packed = torch.fbgemm_pack_gemm_matrix_fp16(stored.weight.to(torch.float32))
             self(torch.zeros(0, stored.weight.shape[1]))
 
@@ -291,7 +297,7 @@ def _store_int8(weight: Tensor, bias: Tensor | None, activation: tuple[float, fl
 def _check(stored: StoredLayer) -> None:
     """Refuse tensors that do not belong together: an operator would read past their ends."""
     weight, bias, scale = stored.weight, stored.bias, stored.scale
-    if stored.kind not in LAYER_TYPES or weight.dtype != _DTYPES[stored.kind] or weight.dim() != 2:
+    if stored.kind not in LAYER_TYPES or weight.dtype != DTYPES[stored.kind] or weight.dim() != 2:
         raise ValueError(f"a {stored.kind} layer cannot have a weight {weight.dtype} {list(weight.shape)}")
     for name, vector in (("bias", bias), ("scale", scale)):
         if vector is not None and (vector.dtype != torch.float32 or vector.shape != weight.shape[:1]):
@@ -322,10 +328,9 @@ def _bias(stored: StoredLayer) -> Tensor:
 def _packed(stored: StoredLayer, bias: Tensor | None) -> torch.ScriptObject:
     """Weights in fbgemm's layout."""
     assert stored.scale is not None
-    engine = torch.backends.quantized.engine
-    with warnings.catch_warnings():
-        # The removal of quantised tensors from torch is announced; fbgemm's operators take nothing else.
-        warnings.simplefilter("ignore")
+    # The removal of quantised tensors from torch is announced; fbgemm's operators take nothing else.
+    with _alone_and_quiet():
+        engine = torch.backends.quantized.engine
         zeros = torch.zeros(len(stored.scale), dtype=torch.int64)
         weight = torch._make_per_channel_quantized_tensor(stored.weight, stored.scale.double(), zeros, 0)
         try:
@@ -333,6 +338,15 @@ def _packed(stored: StoredLayer, bias: Tensor | None) -> torch.ScriptObject:
             return torch.ops.quantized.linear_prepack(weight, bias)
         finally:
             torch.backends.quantized.engine = engine
+
+
+@contextmanager
+def _alone_and_quiet() -> Iterator[None]:
+    """One thread at a time, without warnings: filters and the engine are the process's, and two threads that
+    put back what each of them found would leave the other's in place."""
+    with _packing, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _fused(relu: bool) -> torch._ops.OpOverload:

@@ -22,14 +22,6 @@ from torch import Tensor, nn
 
 from tightrec.snapshot.packed import check_shape, row_bytes
 
-_TYPES = {
-    "fp32": SparseType.FP32,
-    "fp16": SparseType.FP16,
-    "int8": SparseType.INT8,
-    "int4": SparseType.INT4,
-    "int2": SparseType.INT2,
-}
-
 _POOLING = {"sum": PoolingMode.SUM, "mean": PoolingMode.MEAN}
 
 _FILL_BYTES = 1 << 24
@@ -82,7 +74,7 @@ class Lookup(nn.Module):
 
         place = EmbeddingLocation.HOST if device.type == "cpu" else EmbeddingLocation.DEVICE
         self.tables = IntNBitTableBatchedEmbeddingBagsCodegen(
-            [(shape.name, shape.rows + 1, shape.dim, _TYPES[shape.kind], place) for shape in self.shapes],
+            [(shape.name, shape.rows + 1, shape.dim, SparseType(shape.kind), place) for shape in self.shapes],
             pooling_mode=_POOLING[pooling],
             device=device,
             bounds_check_mode=BoundsCheckMode.NONE,
@@ -91,7 +83,7 @@ class Lookup(nn.Module):
         )
         self.tables.initialize_weights()
         self._unfilled = set(names)
-        self._arguments = self._operator_arguments()
+        self._arguments = self.operator_arguments()
 
     def fill(self, name: str, data: Tensor) -> None:
         """Copies a table's rows into the operator's memory, piece by piece.
@@ -146,7 +138,7 @@ class Lookup(nn.Module):
         """Memory of all tables, with overflow rows and padding."""
         return self.tables.host_size + self.tables.dev_size
 
-    def _operator_arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    def operator_arguments(self) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
         """What the operator takes before and after ids and offsets, in its schema's order."""
         tables = self.tables
         before = (

@@ -90,7 +90,7 @@ class LayerRecord:
     """Whether it has a bias."""
 
     activation: tuple[float, float] | None
-    """int8: the range that its input is quantised in; None: found anew in every batch."""
+    """int8: the range that its input is quantised in; None: found in each row."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class SnapshotManifest:
     """Training steps of the checkpoint it was made from."""
 
     source: dict[str, Any]
-    """The checkpoint: ``fingerprint`` (SHA-256 of its manifest) and where it stood, in words."""
+    """The checkpoint: ``fingerprint`` (SHA-256 of its manifest) and where it stood, as ``checkpoint``."""
 
     model: dict[str, Any]
     """Fields of :class:`tightrec.models.config.ModelConfig`."""
@@ -134,7 +134,7 @@ class SnapshotManifest:
     """By name, in the order in which they run."""
 
     activation_bits: int
-    """Bits of a quantised layer input; a loader that would use another number refuses the snapshot."""
+    """Bits of an int8 layer's input; a loader that would use another number refuses a snapshot with any."""
 
     files: dict[str, FileRecord]
     """Every file beside the manifest, by name relative to the folder."""
@@ -272,6 +272,8 @@ def _layer(record: dict[str, Any]) -> LayerRecord:
     activation = record["activation"]
     if activation is not None:
         low, high = activation
+        if not low <= 0 <= high:
+            raise ValueError(f"the range {low} to {high} of a layer's input does not hold zero")
         record = {**record, "activation": (float(low), float(high))}
     return LayerRecord(**record)
 

@@ -3,7 +3,7 @@
 Legend: B rows, F sparse features, D embedding dim, N = F + 1 vectors a row (the first from the dense part).
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -136,17 +136,17 @@ class Scorer(nn.Module):
             tap("logits", None, logits)
         return logits
 
-    def stages(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def stages(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> list[tuple[str, Tensor]]:
         """What every part puts out, in order: ``tables`` [B, F * D], layers, ``interaction``, ``logits``."""
         found: list[tuple[str, Tensor]] = []
         self(dense, ids, offsets, lambda name, _, out: found.append((name, out)))
-        return iter(found)
+        return found
 
-    def layer_inputs(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> Iterator[tuple[str, Tensor]]:
+    def layer_inputs(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> list[tuple[str, Tensor]]:
         """What every layer takes in [B, in], by the layer's name, in order."""
         found: list[tuple[str, Tensor | None]] = []
         self(dense, ids, offsets, lambda name, taken, _: found.append((name, taken)))
-        return iter([(name, taken) for name, taken in found if taken is not None])
+        return [(name, taken) for name, taken in found if taken is not None]
 
     def _crossed(self, first: Tensor, tap: Tap | None) -> Tensor:
         """A low-rank cross network (Wang et al. 2021, DCN v2) over [B, N * D]."""

@@ -32,9 +32,9 @@ from tightrec.snapshot.score_sums import (
     calibration_of,
     counts_of,
     labels_of,
+    moment_sums,
     ne_of,
     probabilities_of,
-    row_sums,
     score_histogram,
 )
 
@@ -117,6 +117,14 @@ class Alarm:
         )
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Recovery:
+    """A value that came back."""
+
+    sentence: str
+    """What is logged."""
+
+
 class Monitor:
     """Keeps the sums of a sliding window and says when they leave the reference; safe to share by threads.
 
@@ -176,8 +184,10 @@ class Monitor:
         scores = probabilities_of(probabilities)
         known = None if labels is None else labels_of(labels, len(scores))
         with self._lock:
-            raised = self._take_scores(scores)
-            return raised if known is None else raised + self._take_labels(scores, known)
+            news = self._take_scores(scores)
+            if known is not None:
+                news += self._take_labels(scores, known)
+        return _told(news)
 
     def update_labels(self, probabilities: ArrayLike, labels: ArrayLike) -> list[Alarm]:
         """Take in labels [n] that came later, with the probabilities [n] that were served for these rows.
@@ -188,7 +198,8 @@ class Monitor:
         scores = probabilities_of(probabilities)
         known = labels_of(labels, len(scores))
         with self._lock:
-            return self._take_labels(scores, known)
+            news = self._take_labels(scores, known)
+        return _told(news)
 
     def values(self) -> dict[str, float | int | None]:
         """``psi``, ``ne`` and ``calibration`` of the windows as they are, None where rows do not tell;
@@ -244,26 +255,26 @@ class Monitor:
         values = [asdict(self.config), self._edges.tolist(), self._reference_counts.tolist(), self._figures]
         return json.dumps(values)
 
-    def _take_scores(self, scores: Floats) -> list[Alarm]:
-        raised = []
+    def _take_scores(self, scores: Floats) -> list[Alarm | _Recovery]:
+        news: list[Alarm | _Recovery] = []
         for part in self._scored.cut(scores):
             if self._scored.add(counts_of(part[0], self._edges), len(part[0])):
-                raised += self._judge_drift()
-        return raised
+                news += self._judge_drift()
+        return news
 
-    def _take_labels(self, scores: Floats, labels: Floats) -> list[Alarm]:
-        raised = []
+    def _take_labels(self, scores: Floats, labels: Floats) -> list[Alarm | _Recovery]:
+        news: list[Alarm | _Recovery] = []
         for some, known in self._labelled.cut(scores, labels):
-            if self._labelled.add(row_sums(some, known), len(some)):
-                raised += self._judge_labelled()
-        return raised
+            if self._labelled.add(moment_sums(some, known), len(some)):
+                news += self._judge_labelled()
+        return news
 
     def _psi(self) -> float:
         found, reference = self._scored.sums + _SMOOTHING, self._reference_counts + _SMOOTHING
         p, q = found / found.sum(), reference / reference.sum()
         return float(((p - q) * np.log(p / q)).sum())
 
-    def _judge_drift(self) -> list[Alarm]:
+    def _judge_drift(self) -> list[Alarm | _Recovery]:
         rows, others = self._scored.rows, float(self._reference_counts.sum())
         psi = self._psi()
         # Without drift, psi * n m / (n + m) of n and m rows is a chi-square of K - 1 degrees; the bound on
@@ -272,8 +283,8 @@ class Monitor:
         chance = (degrees + 2 * math.sqrt(degrees * tail) + 2 * tail) * (rows + others) / (rows * others)
         return self._judge("psi", psi, 0.0, psi, self.config.psi, psi >= chance, self._scored)
 
-    def _judge_labelled(self) -> list[Alarm]:
-        raised = []
+    def _judge_labelled(self) -> list[Alarm | _Recovery]:
+        news: list[Alarm | _Recovery] = []
         ne, calibration = ne_of(self._labelled.sums), calibration_of(self._labelled.sums)
         for what, found, limit in (
             ("ne", ne, self.config.ne_increase),
@@ -286,8 +297,8 @@ class Monitor:
             away = away if what == "ne" else abs(away)
             error = math.hypot(found[1], self._figures[what][1]) / reference
             sure = away >= self.config.sureness * error
-            raised += self._judge(what, value, reference, away, limit, sure, self._labelled)
-        return raised
+            news += self._judge(what, value, reference, away, limit, sure, self._labelled)
+        return news
 
     def _judge(
         self,
@@ -298,12 +309,13 @@ class Monitor:
         limit: float,
         sure: bool,
         window: "_Window",
-    ) -> list[Alarm]:
+    ) -> list[Alarm | _Recovery]:
         """``away`` is how far ``value`` is from ``reference``, ``limit`` how far it may be."""
         if what in self._active:
             if away <= RECOVERED * limit:
                 del self._active[what]
-                _log.info("%s recovered: %.4g over the last %d rows", what, value, window.rows)
+                sentence = f"{what} recovered: {value:.4g} over the last {window.rows:,} rows"
+                return [_Recovery(sentence=sentence)]
             return []
         if window.rows < self.config.least_rows or away < limit or not sure:
             return []
@@ -318,8 +330,14 @@ class Monitor:
         )
         self._active[what] = alarm
         self._alarms.append(alarm)
-        _log.warning("%s", alarm.sentence)
         return [alarm]
+
+
+def _told(news: Sequence[Alarm | _Recovery]) -> list[Alarm]:
+    """Log all, return the alarms. Not under a lock: a handler of the logs may ask the monitor."""
+    for one in news:
+        _log.log(logging.WARNING if isinstance(one, Alarm) else logging.INFO, "%s", one.sentence)
+    return [one for one in news if isinstance(one, Alarm)]
 
 
 class _Window:

@@ -18,7 +18,7 @@ from tightrec.models.config import ModelConfig
 from tightrec.snapshot.layers import StoredLayer, layer_bytes, make_layer, store_layer
 from tightrec.snapshot.lookup import Lookup, TableShape
 from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs
-from tightrec.snapshot.packed import pack
+from tightrec.snapshot.packed import pack, row_bytes
 from tightrec.snapshot.precision import Plan
 from tightrec.snapshot.rows import replay
 from tightrec.snapshot.source import Checkpoint
@@ -53,11 +53,6 @@ class Layer:
         except ValueError as error:
             raise ValueError(f"layer {self.spec.name}: {error}") from None
 
-    def bytes(self, kind: str) -> int:
-        """Stored size at a type."""
-        outputs, inputs = self.weight.shape
-        return layer_bytes(kind, outputs, inputs, self.bias is not None)
-
 
 @dataclass(frozen=True, kw_only=True)
 class Parts:
@@ -86,6 +81,26 @@ class Parts:
         """The plan that keeps everything in float32."""
         return Plan(tables=dict.fromkeys(self.tables, "fp32"), layers=dict.fromkeys(self.layers, "fp32"))
 
+    def part_bytes(self, part: str, kind: str) -> int:
+        """Size of a whole ``table:NAME`` or ``layer:NAME`` at a type."""
+        what, name = part.split(":", 1)
+        if what == "layer":
+            layer = self.layers[name]
+            outputs, inputs = layer.weight.shape
+            return layer_bytes(kind, outputs, inputs, layer.bias is not None)
+        rows = dict(zip(self.tables, (column.cardinality for column in self.schema.sparse), strict=True))
+        return rows[name] * row_bytes(kind, self.config.embedding_dim)
+
+    def bytes(self, types: Mapping[str, str]) -> int:
+        """Size of the model's weights at ``types`` of its parts, small float32 tensors included."""
+        extras = sum(4 * extra.numel() for extra in self.extras.values())
+        return extras + sum(self.part_bytes(part, kind) for part, kind in types.items())
+
+    def plan_bytes(self, plan: Plan) -> int:
+        """The same of a plan."""
+        types = {f"table:{name}": kind for name, kind in plan.tables.items()}
+        return self.bytes(types | {f"layer:{name}": kind for name, kind in plan.layers.items()})
+
     def narrowed(self, columns: Columns) -> Columns:
         """The same rows with ids that count within ``tables``; the ids must be among ``ids``."""
         sparse = tuple(
@@ -103,7 +118,7 @@ class Parts:
         ]
         lookup = Lookup(shapes, self.config.pooling, CPU)
         for name, kind in tables.items():
-            lookup.fill(name, pack(self.tables[name], kind, row_search))
+            lookup.fill(name, pack_table(name, self.tables[name], kind, row_search))
         return lookup
 
     def layer(self, name: str, kind: str, activation: tuple[float, float] | None = None) -> nn.Module:
@@ -129,6 +144,18 @@ class Parts:
         )
 
 
+def pack_table(name: str, rows: Tensor, kind: str, row_search: str) -> Tensor:
+    """The rows of the table ``name`` at a type, see :func:`tightrec.snapshot.packed.pack`.
+
+    Raises:
+        ValueError: the type cannot hold a row; names the table and the row's place in ``rows``.
+    """
+    try:
+        return pack(rows, kind, row_search)
+    except ValueError as error:
+        raise ValueError(f"table {name} ({len(rows):,} rows): {error}") from None
+
+
 def table_name(feature: str) -> str:
     """The table of a feature, as :func:`tightrec.models.dlrm.build_tables` names it."""
     return f"t_{feature}"
@@ -138,7 +165,7 @@ def read_parts(checkpoint: Checkpoint, rows: Sequence[Columns]) -> Parts:
     """Read a checkpoint table by table, keeping the rows that ``rows`` look up.
 
     Raises:
-        ValueError: the checkpoint is damaged, or holds values that are not finite.
+        ValueError: the checkpoint is damaged.
     """
     schema = checkpoint.schema
     ids = {

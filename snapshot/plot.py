@@ -97,7 +97,7 @@ def _draw_losses(axes: Axes, found: Found, parts: Sequence[str]) -> None:
     axes.xaxis.set_major_locator(LogLocator(numticks=12))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(lambda x, _: f"{100 * x:g}")
-    axes.set_xlabel(f"NE loss alone, % (at the edge: {100 * floor:.2g} or less)")
+    axes.set_xlabel(f"expected NE loss alone, % (at the edge: {100 * floor:.2g} or less)")
 
 
 def _draw_sizes(axes: Axes, found: Found, parts: Sequence[str]) -> None:

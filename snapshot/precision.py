@@ -32,3 +32,13 @@ class Plan:
 
     ranges: str = "mixed"
     """Of int8 layers' inputs, see RANGE_METHODS."""
+
+    @property
+    def counts(self) -> str:
+        """How many parts have which type, such as ``tables 20 int4, 6 int8; layers 5 int8``."""
+        return f"tables {_counted(self.tables, TABLE_TYPES)}; layers {_counted(self.layers, LAYER_TYPES)}"
+
+
+def _counted(types: dict[str, str], known: tuple[str, ...]) -> str:
+    kinds = list(types.values())
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in reversed(known) if kind in kinds)

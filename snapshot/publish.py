@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from tightrec.formats.checkpoint_files import flush_folder
 from tightrec.snapshot.manifest import read_manifest
 
 
@@ -33,16 +34,15 @@ def publish(partial: Path, out: Path, replace: bool = False) -> None:
             snapshot, which is never deleted.
     """
     read_manifest(partial)
-    if out.is_symlink():
-        raise ValueError(f"{out} is a link. Name a folder; a link to it can be moved afterwards.")
+    require_free(out, replace)
     old = out.with_name(f"{out.name}.old-{os.getpid()}")
-    if out.exists():
-        _refuse_to_replace(out, replace)
-        out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         partial.rename(out)
-    except OSError:
-        if old.exists():
+    except BaseException:
+        # SystemExit and KeyboardInterrupt too: signals end a command between the renames as well.
+        if old.exists() and not out.exists():
             old.rename(out)
         raise
     flush_folder(out.parent)
@@ -54,7 +54,9 @@ def tidy(out: Path) -> None:
     """Remove what killed exporters left beside ``out``, and put the old snapshot back where one was killed
     between taking it away and renaming the new one.
 
-    What belongs to a process that runs on this machine is let be: export to one ``out`` from one machine.
+    To be called before this process writes: what has its own number was left by another one, as restarted
+    containers count their processes from the same number. What belongs to others that run on this machine is
+    let be: export to one ``out`` from one machine.
     """
     # First, since an old snapshot takes such a name to be deleted.
     for partial in _leftovers(out, "partial"):
@@ -78,6 +80,9 @@ def _leftovers(out: Path, what: str) -> Iterator[Path]:
 
 
 def _runs(process: int) -> bool:
+    """Whether another process of that number runs."""
+    if process == os.getpid():
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -87,9 +92,21 @@ def _runs(process: int) -> bool:
     return True
 
 
-def _refuse_to_replace(out: Path, replace: bool) -> None:
+def require_free(out: Path, replace: bool = False) -> None:
+    """Refuse a name that a snapshot cannot be given; to be asked before the work too.
+
+    Args:
+        replace: whether a snapshot that is there may be replaced.
+
+    Raises:
+        ValueError: ``out`` is a link; it exists and ``replace`` is off, or is not a whole snapshot.
+    """
+    if out.is_symlink():
+        raise ValueError(f"{out} is a link. Name a folder; a link to it can be moved afterwards.")
+    if not out.exists():
+        return
     if not replace:
-        raise ValueError(f"{out} exists already. Give replace=true to put the new snapshot in its place.")
+        raise ValueError(f"{out} exists already. Give another folder, or replace=true to replace it.")
     try:
         read_manifest(out)
     except ValueError as error:
@@ -104,12 +121,3 @@ def _delete(old: Path) -> None:
     partial = old.with_name(old.name.replace(".old-", ".partial-"))
     old.rename(partial)
     shutil.rmtree(partial)
-
-
-def flush_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, so that a rename in it outlives a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,8 +1,8 @@
 """The range in which the input of an int8 layer is quantised, from a streaming histogram of what it saw.
 
 The four ways of choosing are those of the low-precision inference of Facebook's recommendation models
-(Deng et al., IEEE Micro 2021, arXiv 2105.12676); the criteria are written out at `squared_error` and
-`divergence`, so that a test can search by brute force.
+(Deng et al., IEEE Micro 2021, arXiv 2105.12676); the criteria are written out at `_squared_errors` and
+`divergence`.
 """
 
 import math
@@ -91,7 +91,7 @@ class Histogram:
 
         - min_max: everything seen.
         - percentile: all but (1 - SHARE) / 2 of the values other than zero at either end.
-        - l2: the candidate of least expected squared error, see `squared_error`.
+        - l2: the candidate of least expected squared error, see `_squared_errors`.
         - kl: the candidate whose quantised distribution diverges least, see `divergence`.
 
         Raises ValueError for an unknown method and where no value was seen.
@@ -165,19 +165,12 @@ class Histogram:
         return pairs[int(np.argmin(costs))]
 
 
-def squared_error(centres: Floats, counts: Counts, low: float, high: float, bits: int) -> float:
-    """Sum of expected squared errors of values at `centres` quantised in [low, high].
+def _squared_errors(centres: Floats, counts: Counts, pairs: list[tuple[float, float]], bits: int) -> Floats:
+    """Sums of expected squared errors of values at `centres` quantised in each [low, high] of `pairs`.
 
     A value inside is off by a uniform error of half a step at most: step**2 / 12. One outside is clipped.
+    By running sums of the moments: thousands of pairs cost milliseconds.
     """
-    step = (high - low) / (2**bits - 1)
-    inside = (centres >= low) & (centres <= high)
-    clipped = centres - np.clip(centres, low, high)
-    return float((counts * np.where(inside, step**2 / 12, clipped**2)).sum())
-
-
-def _squared_errors(centres: Floats, counts: Counts, pairs: list[tuple[float, float]], bits: int) -> Floats:
-    """`squared_error` of all pairs by running sums of the moments: thousands of pairs cost milliseconds."""
     weights = counts.astype(np.float64)
     moments = [np.concatenate(([0.0], np.cumsum(weights * centres**power))) for power in range(3)]
     low, high = np.array(pairs).T

@@ -44,14 +44,14 @@ def score_histogram(probabilities: ArrayLike, labels: ArrayLike | None = None) -
     edges = np.unique([np.nextafter(least, -1.0), *inner])
     found: dict[str, Any] = {"edges": edges.tolist(), "counts": counts_of(scores, edges).astype(int).tolist()}
     if labels is not None:
-        sums = row_sums(scores, labels_of(labels, len(scores)))
+        sums = moment_sums(scores, labels_of(labels, len(scores)))
         for what, figure in (("ne", ne_of(sums)), ("calibration", calibration_of(sums))):
             if figure is not None:
                 found[what] = {"value": figure[0], "error": figure[1]}
     return found
 
 
-def row_sums(scores: Floats, labels: Floats) -> Floats:
+def moment_sums(scores: Floats, labels: Floats) -> Floats:
     """The sums [SUMS] of n rows with probabilities ``scores`` [n] and ``labels`` [n]."""
     p = np.clip(scores, _LEAST, 1 - _LEAST)
     loss = -np.log(np.where(labels > 0, p, 1 - p))

@@ -31,8 +31,6 @@ from tightrec.snapshot.sensitivity import (
     Cost,
     Loss,
     Types,
-    part_bytes,
-    types_bytes,
     types_of,
 )
 
@@ -124,7 +122,7 @@ def search(
         costs=costs,
         steps=climb.steps,
         bytes=size,
-        float32_bytes=types_bytes(parts, bench.exact),
+        float32_bytes=parts.bytes(bench.exact),
         budget_ne=config.budget_ne,
         rows=len(bench),
     )
@@ -186,10 +184,10 @@ class _Climb:
         self.steps: list[Step] = []
         self.best = bench.exact
         self.loss = Loss(ne_loss=0.0, ne_loss_error=0.0, expected_loss=0.0)
-        self.bytes = types_bytes(bench.parts, bench.exact)
+        self.bytes = bench.parts.bytes(bench.exact)
         self._seen: dict[tuple[str, ...], bool] = {}
         # Of every part: size and charge by type, float32 first.
-        self._options = {part: {EXACT: (part_bytes(bench.parts, part, EXACT), 0.0)} for part in bench.exact}
+        self._options = {part: {EXACT: (bench.parts.part_bytes(part, EXACT), 0.0)} for part in bench.exact}
         for cost in costs:
             self._options[cost.part][cost.kind] = (cost.bytes, cost.charge)
 
@@ -202,7 +200,7 @@ class _Climb:
             what = f"the smallest mixture whose costs add up to {limit:.3g}"
             proposals.append((what, self._proposal(limit)))
         # Sorting is stable: of equal sizes the one that may cost more comes first.
-        proposals.sort(key=lambda proposal: types_bytes(self._bench.parts, proposal[1]))
+        proposals.sort(key=lambda proposal: self._bench.parts.bytes(proposal[1]))
         for what, types in proposals:
             if self._try(what, types):
                 return
@@ -234,7 +232,7 @@ class _Climb:
         key = tuple(types.values())
         if key not in self._seen:
             loss = self._bench.loss(types)
-            size = types_bytes(self._bench.parts, types)
+            size = self._bench.parts.bytes(types)
             # Not `bound > budget`: a loss that is not a number is within nothing.
             within = self._seen[key] = loss.bound <= self._budget
             kept = within and size < self.bytes
@@ -263,16 +261,11 @@ def _costs(bench: Bench, say: Callable[[str], None]) -> list[Cost]:
 
 
 def _sentence(found: Found) -> str:
-    tables, layers = (_counted(types) for types in (found.plan.tables, found.plan.layers))
     return (
         f"found {found.bytes / found.float32_bytes:.1%} of float32's size, NE loss {found.ne_loss:+.4%} +- "
         f"{found.ne_loss_error:.4%}, expected {found.expected_loss:.4%} (budget {found.budget_ne:.4%}), "
-        f"{len(found.steps)} mixtures measured; tables {tables}; layers {layers}"
+        f"{len(found.steps)} mixtures measured; {found.plan.counts}"
     )
-
-
-def _counted(types: dict[str, str]) -> str:
-    return ", ".join(f"{list(types.values()).count(kind)} {kind}" for kind in dict.fromkeys(types.values()))
 
 
 def ranked(found: Found) -> list[str]:

@@ -3,7 +3,6 @@
 A part is ``table:NAME`` or ``layer:NAME``. Shapes: n rows, F sparse features, D embedding dim.
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,10 +11,8 @@ from torch.nn import functional
 
 from tightrec.formats.columns import Columns
 from tightrec.snapshot.calibrate import Ranges
-from tightrec.snapshot.layers import layer_bytes
 from tightrec.snapshot.lookup import Lookup
 from tightrec.snapshot.model import Scorer
-from tightrec.snapshot.packed import row_bytes
 from tightrec.snapshot.parts import CPU, Parts
 from tightrec.snapshot.precision import LAYER_TYPES, TABLE_TYPES, Plan
 from tightrec.snapshot.rows import feature_major
@@ -164,8 +161,8 @@ class Bench:
             ne_loss=loss.ne_loss,
             ne_loss_error=loss.ne_loss_error,
             expected_loss=loss.expected_loss,
-            bytes=part_bytes(self.parts, part, kind),
-            float32_bytes=part_bytes(self.parts, part, EXACT),
+            bytes=self.parts.part_bytes(part, kind),
+            float32_bytes=self.parts.part_bytes(part, EXACT),
         )
 
     def plan(self, types: Types, ranges: str) -> Plan:
@@ -225,24 +222,6 @@ def expected_loss(exact: Tensor, other: Tensor, labels: Tensor) -> float:
     divergence = bce(other, truth) - bce(exact, truth)
     # Rounding may leave -1e-17. A NaN stays one: max() would turn it into 0.
     return float(divergence.clamp(min=0) / bce(exact, labels.double()))
-
-
-def part_bytes(parts: Parts, part: str, kind: str) -> int:
-    """Size of a whole table or layer at a type."""
-    what, name = part.split(":", 1)
-    if what == "layer":
-        layer = parts.layers[name]
-        outputs, inputs = layer.weight.shape
-        return layer_bytes(kind, outputs, inputs, layer.bias is not None)
-    rows = dict(zip(parts.tables, (column.cardinality for column in parts.schema.sparse), strict=True))
-    return rows[name] * row_bytes(kind, parts.config.embedding_dim)
-
-
-def types_bytes(parts: Parts, types: Mapping[str, str]) -> int:
-    """Size of the model at ``types``, its small float32 tensors included."""
-    return sum(part_bytes(parts, part, kind) for part, kind in types.items()) + sum(
-        4 * extra.numel() for extra in parts.extras.values()
-    )
 
 
 def types_of(part: str) -> tuple[str, ...]:

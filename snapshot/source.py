@@ -22,12 +22,10 @@ from torch.distributed.checkpoint import FileSystemReader, Metadata
 from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMetadata
 
 from tightrec.formats import checkpoint_files as files
+from tightrec.formats.run_folder import CHECKPOINTS
 from tightrec.formats.schema import SCHEMA_FILE, Schema, SparseColumn
 from tightrec.formats.settings import from_mapping
 from tightrec.models.config import ModelConfig
-
-CHECKPOINTS = "checkpoints"
-"""Folder below a run's folder that holds its checkpoints."""
 
 _MODEL = "model.model."
 """What stands before the names of the DLRM's state dict: it is the member ``model`` of the task, and the task

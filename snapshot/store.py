@@ -7,8 +7,11 @@
 Weights are plain tensors in safetensors files and values are JSON: nothing is unpickled.
 """
 
+import errno
 import hashlib
 import os
+import re
+import stat
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,9 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tightrec.snapshot.layers import ACTIVATION_BITS, StoredLayer
+from tightrec.snapshot.layers import ACTIVATION_BITS, DTYPES, StoredLayer
 from tightrec.snapshot.manifest import (
-    FORMAT_VERSION,
     MANIFEST,
     DamagedSnapshot,
     FileRecord,
@@ -39,10 +41,6 @@ from tightrec.snapshot.publish import flush_folder, partial_of, publish, tidy
 
 __all__ = [
     "DENSE_FILE",
-    "FORMAT_VERSION",
-    "MANIFEST",
-    "DamagedSnapshot",
-    "SnapshotManifest",
     "SnapshotWriter",
     "check",
     "partial_of",
@@ -58,12 +56,7 @@ DENSE_FILE = "dense.safetensors"
 
 _ROWS = "rows"
 _LONGEST_NAME = 120
-_WEIGHTS = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "int8": torch.int8,
-}
+_SYSTEM_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 class SnapshotWriter:
@@ -173,8 +166,16 @@ class SnapshotWriter:
         return _write_manifest(self.folder, manifest)
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, self.folder / name)
-        self._files[name] = _flushed_record(self.folder / name)
+        path = self.folder / name
+        # safetensors makes files that only their owner may read: one made as others are tells the mode.
+        path.touch()
+        mode = stat.S_IMODE(path.stat().st_mode)
+        try:
+            save_file({key: t.detach().cpu().contiguous() for key, t in tensors.items()}, path)
+        except SafetensorError as error:
+            raise _as_os_error(error, path) from error
+        path.chmod(mode)
+        self._files[name] = _flushed_record(path)
 
 
 def check(folder: Path, manifest: SnapshotManifest, *, contents: bool = True) -> None:
@@ -225,7 +226,7 @@ def read_dense(folder: Path, manifest: SnapshotManifest) -> tuple[dict[str, Stor
     found = {name: tensor.clone() for name, tensor in _tensors(folder, DENSE_FILE)}
     wanted: dict[str, tuple[torch.dtype, list[int]]] = {}
     for name, layer in manifest.layers.items():
-        wanted[f"layers/{name}/weight"] = (_WEIGHTS[layer.kind], [layer.outputs, layer.inputs])
+        wanted[f"layers/{name}/weight"] = (DTYPES[layer.kind], [layer.outputs, layer.inputs])
         if layer.bias:
             wanted[f"layers/{name}/bias"] = (torch.float32, [layer.outputs])
         if layer.kind == "int8":
@@ -294,6 +295,13 @@ def _table_file(name: str) -> str:
 def _refuse_not_finite(name: str, tensor: Tensor) -> None:
     if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
         raise ValueError(f"{name} holds a value that is not finite.")
+
+
+def _as_os_error(error: SafetensorError, path: Path) -> OSError:
+    """What the system refused, such as room on a full disk: safetensors tells it in words alone."""
+    found = _SYSTEM_ERROR.search(str(error))
+    number = int(found[1]) if found else errno.EIO
+    return OSError(number, f"the file cannot be written: {os.strerror(number)}", str(path))
 
 
 def _flushed_record(path: Path) -> FileRecord:

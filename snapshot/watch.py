@@ -22,21 +22,17 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tightrec.formats import checkpoint_files as files
+from tightrec.formats.run_folder import CHECKPOINTS, FINISHED, RUN_FILE
 from tightrec.snapshot import current, store
 from tightrec.snapshot.config import PrecisionConfig
 from tightrec.snapshot.export import Material, build, choose, gather
 from tightrec.snapshot.manifest import plain
 from tightrec.snapshot.plans import AUTO, FORCED, forced_plan
 from tightrec.snapshot.precision import Plan
-from tightrec.snapshot.source import CHECKPOINTS, Checkpoint, open_checkpoint
+from tightrec.snapshot.source import Checkpoint, open_checkpoint
 from tightrec.snapshot.verify import Verification
 
 Say = Callable[[str], None]
-
-RUN_FILE = "run.json"
-"""Where a run says how it stands."""
-
-FINISHED = "finished"
 
 DONE, FAILED = 0, 1
 

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from tightrec.formats.run_folder import CHECKPOINTS
 from tightrec.formats.settings import from_mapping, keys_of
 from tightrec.models.config import ModelConfig
 from tightrec.sharding.config import CodecConfig, ShardingConfig
@@ -32,8 +33,6 @@ from tightrec.trainer.report.config import LoggingConfig
 CONF_MODULE = "tightrec.conf"
 ROOT = "config"
 DEFAULTS = "defaults_of_the_dataclasses"
-CHECKPOINTS = "checkpoints"
-"""Folder below a run's folder."""
 
 
 @dataclass(frozen=True, kw_only=True)

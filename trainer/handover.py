@@ -3,11 +3,14 @@
 - Every checkpoint says what it is: model, columns, and where held-out rows lie (:func:`description`).
 - Synthetic data has no rows on disk, so a run writes some of its held-out ones (:func:`held_out`).
 - ``runs/latest`` points at the run that started last (:func:`point_latest`).
+- A caller that sets ``TIGHTREC_HANDOVER`` to a file's name learns the folder of the run (:func:`hand_over`);
+  ``python -m tightrec.trainer.handover`` then prints it if a snapshot of the run can be made.
 """
 
 import dataclasses
 import os
 import shutil
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from tightrec.formats.checkpoint_files import latest_complete, read_manifest
 from tightrec.formats.columns import Bags, Columns, Source
+from tightrec.formats.run_folder import CHECKPOINTS
 from tightrec.formats.schema import SCHEMA_FILE, Schema, load_schema
 from tightrec.models.config import ModelConfig
 from tightrec.trainer.data.prepare.common import write_part
@@ -30,6 +35,9 @@ HELD_OUT_SPLITS = ("valid", "test")
 
 RUNS = Path("runs")
 LATEST = "latest"
+
+HANDOVER_VARIABLE = "TIGHTREC_HANDOVER"
+"""Environment variable: the file that a job writes its run folder into; unset or empty: none."""
 
 
 def description(model: ModelConfig, schema: Schema, data: str | None) -> dict[str, Any]:
@@ -105,6 +113,77 @@ def point_latest(folder: Path) -> None:
         raise
 
 
+def hand_over(folder: Path) -> None:
+    """Write the absolute path of the run folder ``folder`` into the file that the environment names, if any.
+
+    Call it on one rank, when the job has finished.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    file = os.environ.get(HANDOVER_VARIABLE)
+    if not file:
+        return
+    try:
+        Path(file).write_text(str(folder.resolve()), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(
+            f"{HANDOVER_VARIABLE}={file} cannot be written ({error.strerror}). Name a file in a folder that "
+            f"is there; the run itself has finished and lies in {folder}."
+        ) from None
+
+
+def take_over() -> Path | None:
+    """The folder that a job handed over, and the end of the file; None: no job has finished.
+
+    Raises:
+        OSError: the file cannot be read or removed.
+    """
+    file = Path(os.environ.get(HANDOVER_VARIABLE, ""))
+    if not file.is_file():
+        return None
+    folder = Path(file.read_text(encoding="utf-8"))
+    file.unlink()
+    return folder
+
+
+def lacking(folder: Path) -> str | None:
+    """What the run folder ``folder`` does not have for a verified snapshot, in words; None: nothing.
+
+    Raises:
+        ValueError: the data's schema.json is damaged or gone.
+    """
+    newest = latest_complete(folder / CHECKPOINTS)
+    if newest is None:
+        return "complete checkpoint"
+    data = read_manifest(newest).extra.get("data")
+    if data is None:
+        return "held-out rows"
+    rows = load_schema(Path(data)).rows
+    return next((f"rows of the split {split}" for split in HELD_OUT_SPLITS if not rows.get(split)), None)
+
+
+def main() -> int:
+    """Print the run folder that was handed over if a snapshot of it can be made, else why not on stderr.
+
+    Returns:
+        0, without a word where no job has finished, such as a dry run. 1 where it cannot be told.
+    """
+    try:
+        folder = take_over()
+        if folder is None:
+            return 0
+        missing = lacking(folder)
+    except (ValueError, OSError) as error:
+        print(f"error: no snapshot is exported: {error}", file=sys.stderr)
+        return 1
+    if missing is None:
+        print(folder)
+    else:
+        print(f"no snapshot is exported: {folder} has no {missing}", file=sys.stderr)
+    return 0
+
+
 def _is_there(folder: Path, schema: Schema) -> bool:
     if not (folder / SCHEMA_FILE).is_file():
         return False
@@ -139,3 +218,7 @@ def _table(columns: Columns, schema: Schema) -> pa.Table:
 def _lists(bags: Bags) -> pa.Array:
     assert bags.offsets is not None, "a multi-hot column has bags"
     return pa.ListArray.from_arrays(pa.array(bags.offsets.astype(np.int32)), pa.array(bags.ids))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -17,18 +17,19 @@ from torch import distributed as dist
 
 from tightrec.formats.checkpoint_files import find_checkpoints, latest_complete
 from tightrec.formats.columns import Source
+from tightrec.formats.run_folder import CHECKPOINTS, FINISHED
 from tightrec.sharding.obituary import ExchangeError, last_words
 from tightrec.sharding.plan_table import plan_json, plan_text
 from tightrec.sharding.traffic import counted_traffic
 from tightrec.trainer.build import Built, build_task, open_sources
 from tightrec.trainer.checkpoint import Checkpointer
-from tightrec.trainer.config import CHECKPOINTS, JobConfig, unused_settings, write_record
+from tightrec.trainer.config import JobConfig, unused_settings, write_record
 from tightrec.trainer.control import Control, StopRequest, stop_on_signals
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.exchange_watch import ExchangeWatch
-from tightrec.trainer.handover import description, held_out, point_latest
+from tightrec.trainer.handover import description, hand_over, held_out, point_latest
 from tightrec.trainer.loop import Outcome, Progress, Trainer
 from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import build_pipeline
@@ -77,6 +78,9 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
             reason = f"stopped by {request.signal_name or 'a signal to another rank'}"
             log.say(f"{reason}; resume={folder} goes on")
         _close(outcome, reason, folder, sources, log)
+    # Last, so that a job that fails hands nothing over.
+    if ranks.rank == 0 and outcome.status == FINISHED:
+        hand_over(folder)
     return 0
 
 
@@ -158,6 +162,9 @@ def _folders(config: JobConfig, ranks: Ranks) -> tuple[Path, Path | None]:
     if config.resume is None and config.run_folder is None:
         return Path(ranks.from_first(_new_folder(config.name) if ranks.rank == 0 else None)), None
     given = Path(config.resume if config.resume not in (None, "auto") else config.run_folder or "")
+    if any(part.is_symlink() for part in (given, *given.parents)):
+        # A link such as runs/latest moves when another job starts.
+        given = given.resolve()
     if given.parent.name == CHECKPOINTS:
         return given.parent.parent, given
     # Damage shows when the newest is loaded, which names the file and the checkpoint before it.

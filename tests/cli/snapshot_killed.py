@@ -3,42 +3,47 @@
 ``python snapshot_killed.py TEMPLATE WORK COMMAND key=value ...``: for n = 1, 2, ..., TEMPLATE is copied to
 WORK and the command runs in a forked child that kills itself with SIGKILL before its n-th step on a file
 below WORK: an open, a rename, a link, a new or removed file or folder, as the interpreter's audit hooks tell
-them. Then the folder is checked, and on every fifth n a second run must end the work. It is over when a child
-ends by itself. Prints one JSON object: the kills, and a line for everything that was not as it must be.
+them. Then the folder is looked at; on every fifth n, and where an old snapshot stands beside ``out``, a
+second run must end the work by itself and leave nothing else in WORK. It is over when a child ends by itself.
+Prints one JSON object: the kills, how many were between the two renames of a replacement, and a line for
+everything that was not as it must be.
 
 Forks, since every child would else import torch anew: nothing here may start a thread before.
 """
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 from pathlib import Path
 from typing import Any
 
-from tightrec.snapshot import commands, load, store
+from tightrec.snapshot import commands, load
 
 WATCHED = ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.symlink", "os.link", "os.truncate")
 EVERY = 5
+LEFT = re.compile(r"\.partial|\.old-|^\.current\.")
+"""Names of what is to be gone once a run has ended."""
 
 
 def main(template: Path, work: Path, words: list[str]) -> None:
-    kills, problems = 0, []
+    kills, between, problems = 0, 0, []
     while True:
         shutil.rmtree(work, ignore_errors=True)
         shutil.copytree(template, work, symlinks=True)
         killed = forked(words, work, kills + 1) == -signal.SIGKILL
-        for problem in wrong(work / "out"):
-            problems.append(f"kill {kills + 1}: {problem}")
-        if not killed or kills % EVERY == 0:
+        problems += [f"kill {kills + 1}: {problem}" for problem in wrong(work / "out")]
+        between += not (work / "out").exists()
+        if not killed or kills % EVERY == 0 or taken_away(work / "out"):
             status = forked(words, work, 0)
-            left = [path.name for path in (work / "out").rglob("*") if "partial" in path.name]
+            left = [str(path.relative_to(work)) for path in work.rglob("*") if LEFT.search(path.name)]
             if status or left:
                 problems.append(f"kill {kills + 1}: the next run ended with {status} and left {left}")
             problems += [f"kill {kills + 1}, next run: {problem}" for problem in wrong(work / "out")]
         if not killed:
-            print(json.dumps({"kills": kills, "problems": problems}))
+            print(json.dumps({"kills": kills, "between": between, "problems": problems}))
             return
         kills += 1
 
@@ -87,10 +92,16 @@ def wrong(out: Path) -> list[str]:
             if ".partial-" not in path.name and not verified(path):
                 problems.append(f"{path.name} is not a whole, verified snapshot")
         return problems
-    if out.exists() and not verified(out):
-        return [f"{out.name} is not a whole, verified snapshot"]
-    store.tidy(out)
-    return [] if out.exists() and verified(out) else ["neither the old snapshot nor the new one is there"]
+    # Between the two renames of a replacement the old one stands beside.
+    standing = [out] if out.exists() else taken_away(out)
+    if not standing:
+        return ["neither the old snapshot nor the new one is there"]
+    return [f"{path.name} is not a whole, verified snapshot" for path in standing if not verified(path)]
+
+
+def taken_away(out: Path) -> list[Path]:
+    """Old snapshots that stand beside ``out``, to be put back or deleted."""
+    return list(out.parent.glob(f"{out.name}.old-*"))
 
 
 def verified(path: Path) -> bool:

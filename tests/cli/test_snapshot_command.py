@@ -86,7 +86,7 @@ def test_an_export_is_verified_published_and_served(run: Path, tmp_path: Path) -
 
     again = snapshot("export", f"checkpoint={run}", f"out={out}", "budget_ne=0.01", "precision=fp16")
     assert again.returncode == 2
-    assert f"out={out} is there already. Give another folder, or replace=true." in again.stderr
+    assert f"{out} exists already. Give another folder, or replace=true to replace it." in again.stderr
     assert load(out).plan.tables["t_C1"] == "int8"
     again = snapshot(
         "export", f"checkpoint={run}", f"out={out}", "budget_ne=0.01", "precision=fp16", "replace=true"

@@ -66,6 +66,8 @@ def test_a_kill_before_any_step_leaves_whole_snapshots_and_the_next_run_ends_the
         assert found["problems"] == [], ran.stderr
         # Two tables, a dense file, the manifest twice, renames and flushes: fewer would miss some.
         assert found["kills"] > 20, found
+        # One step lies between the two renames.
+        assert found["between"] == (template == exported), found
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

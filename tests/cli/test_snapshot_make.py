@@ -13,14 +13,15 @@ from tightrec.formats.schema import Schema
 
 ROOT = Path(__file__).resolve().parents[2]
 
-# Trains nothing: makes the run that lies in ./trained, if there is one, the newest.
+# Trains nothing: hands over the run that lies in ./trained, if there is one, as a job that finished does.
 TORCHRUN = """#!/bin/sh
-test ! -d trained || { ln -s "$PWD/trained" runs/latest; }
+echo "${TIGHTREC_HANDOVER:-none}" >> handovers
+if test -d trained && test -n "$TIGHTREC_HANDOVER"; then printf %s "$PWD/trained" > "$TIGHTREC_HANDOVER"; fi
 exit ${TORCHRUN_STATUS:-0}
 """
 # Writes its words down; what only looks at a checkpoint runs.
 PYTHON = f"""#!/bin/sh
-if test "$1" = -c; then exec "{sys.executable}" "$@"; fi
+if test "$*" = "-m tightrec.trainer.handover"; then exec "{sys.executable}" "$@"; fi
 echo "$*" >> calls
 exit ${{EXPORT_STATUS:-0}}
 """
@@ -28,7 +29,7 @@ exit ${{EXPORT_STATUS:-0}}
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A folder with the Makefile that looks set up, and an older run that must never be exported."""
+    """A folder with the Makefile that looks set up, and another run as the latest: never exported."""
     folder = tmp_path / "project"
     (folder / ".venv" / "bin").mkdir(parents=True)
     (folder / "requirements").mkdir()
@@ -39,8 +40,9 @@ def project(tmp_path: Path) -> Path:
         (folder / ".venv" / "bin" / name).chmod(0o755)
     for stack in ("cpu", "cuda13"):
         (folder / ".venv" / f".ready-{stack}").touch()
-    run(folder / "runs" / "old", ["valid", "test"])
-    (folder / "runs" / "latest").symlink_to("old")
+    run(folder / "runs" / "other", ["valid", "test"])
+    (folder / "runs" / "latest").symlink_to("other")
+    (folder / "tmp").mkdir()
     return folder
 
 
@@ -62,12 +64,14 @@ def train(folder: Path, *words: str, **environment: str) -> tuple[int, str, list
     done = subprocess.run(
         ["make", "train", *words],
         cwd=folder,
-        env=inherited | environment,
+        env=inherited | {"TMPDIR": str(folder / "tmp")} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         timeout=60,
     )
+    assert list((folder / "tmp").iterdir()) == [], "left behind"
+    assert os.readlink(folder / "runs" / "latest") == "other"
     calls = folder / "calls"
     return done.returncode, done.stdout, calls.read_text().splitlines() if calls.exists() else []
 
@@ -81,12 +85,16 @@ def test_the_run_that_was_trained_is_exported_beside_its_checkpoints(project: Pa
     assert calls == [f"{words} precision=int8"]
     _, _, calls = train(project, "EXPORT=precision=auto budget_ne=0.001")
     assert calls[1:] == [f"{words} precision=auto budget_ne=0.001"]
+    first, second = (project / "handovers").read_text().split()
+    assert first != second, "two trainings at once"
 
 
 def test_export_none_leaves_it_out(project: Path) -> None:
     run(project / "trained", ["valid", "test"])
-    status, told, calls = train(project, "EXPORT=none")
+    status, told, calls = train(project, "EXPORT=none", TIGHTREC_HANDOVER=str(project / "mine"))
     assert (status, calls) == (0, []), told
+    assert (project / "handovers").read_text() == "none\n"
+    assert "no snapshot" not in told
 
 
 def test_a_failing_export_fails_make(project: Path) -> None:
@@ -97,29 +105,42 @@ def test_a_failing_export_fails_make(project: Path) -> None:
 
 
 def test_a_failing_job_ends_before_the_export(project: Path) -> None:
-    run(project / "trained", ["valid", "test"])
     status, told, calls = train(project, TORCHRUN_STATUS="1")
     assert status != 0, told
     assert calls == []
 
 
-@pytest.mark.parametrize("splits", [None, [], ["train", "valid"], ["train", "test"]])
+@pytest.mark.parametrize(
+    ("splits", "missing"),
+    [
+        (None, "complete checkpoint"),
+        ([], "held-out rows"),
+        (["train", "valid"], "rows of the split test"),
+        (["train", "test"], "rows of the split valid"),
+    ],
+)
 def test_a_job_without_checkpoint_or_held_out_rows_is_told_and_ends_well(
-    project: Path, splits: list[str] | None
+    project: Path, splits: list[str] | None, missing: str
 ) -> None:
     run(project / "trained", splits)
     status, told, calls = train(project)
     assert (status, calls) == (0, []), told
-    assert "no snapshot is exported" in told
+    assert f"no snapshot is exported: {project / 'trained'} has no {missing}\n" in told
 
 
-def test_a_job_that_leaves_no_run_exports_no_older_one(project: Path) -> None:
+def test_a_job_that_finishes_no_run_exports_no_other_one(project: Path) -> None:
     status, told, calls = train(project, "ARGS=--help")
     assert (status, calls) == (0, []), told
     assert "no snapshot" not in told
-    _, told, calls = train(project, "ARGS=run_folder=/somewhere/else")
-    assert calls == []
-    assert "no run folder below runs/" in told
+
+
+def test_a_checkpoint_from_before_snapshots_is_told(project: Path) -> None:
+    checkpoints = project / "trained" / "checkpoints"
+    make_partial(checkpoints, 1)
+    publish(checkpoints, Manifest(step=1, world=1, files={}))
+    status, told, calls = train(project)
+    assert (status, calls) == (0, []), told
+    assert f"no snapshot is exported: {project / 'trained'} has no held-out rows" in told
 
 
 def test_a_damaged_checkpoint_fails_make(project: Path) -> None:

@@ -1,7 +1,9 @@
 """What a job hands over: checkpoints that say what they are, held-out rows, the link to the newest run."""
 
+import dataclasses
 import json
 import os
+import signal
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -9,17 +11,18 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from jobs import SMALL, job, records, run_job
+from jobs import SMALL, job, records, run_job, summary
 from ranks import run_ranks
 from torch import Tensor
 from torch.distributed._shard.sharded_tensor import ShardedTensor
 
 from tightrec.formats import checkpoint_files as files
 from tightrec.formats.columns import Columns
-from tightrec.formats.schema import Schema, SparseColumn
+from tightrec.formats.schema import Schema, SparseColumn, load_schema
 from tightrec.snapshot.rows import feature_major, read_rows
 from tightrec.snapshot.source import open_checkpoint
 from tightrec.trainer import handover
+from tightrec.trainer import job as job_module
 from tightrec.trainer.checkpoint import Checkpointer
 from tightrec.trainer.checkpoint_state import leaves_of
 from tightrec.trainer.config import load
@@ -255,3 +258,106 @@ def test_a_job_links_its_run_folder_and_ends_well_where_it_cannot(tmp_path: Path
     assert run_ranks(1, _job_in, blocked, words, connect=False, timeout=120) == [0]
     (run,) = (blocked / "runs" / "train").iterdir()
     assert any("runs/latest could not be made" in record["text"] for record in records(run, "warning"))
+
+
+# ---- the run folder, for a caller
+
+
+def _handed(rank: int, world: int, working: Path, file: str, words: list[str]) -> int:
+    os.environ["TIGHTREC_HANDOVER"] = file
+    return _job_in(rank, world, working, words)
+
+
+def _train(working: Path, file: Path | str, *words: str, world: int = 1, job: Any = _handed) -> list[int]:
+    working.mkdir(exist_ok=True)
+    given = [*SMALL, "train.steps=1", *words]
+    return run_ranks(world, job, working, str(file), given, connect=False, timeout=120)
+
+
+def test_a_finished_job_hands_its_run_folder_over_wherever_it_lies(tmp_path: Path) -> None:
+    file, working = tmp_path / "file", tmp_path / "working"
+    assert _train(working, file, world=2) == [0, 0]
+    (run,) = (working / "runs" / "train").iterdir()
+    assert file.read_text() == str(run)
+    assert _train(working, file, "run_folder=../outside") == [0]
+    assert file.read_text() == str(tmp_path / "outside")
+    file.unlink()
+    assert _train(working, file, "debug.dry_run=true") == [0]
+    assert _train(working, "") == [0]
+    assert not file.exists()
+    with pytest.raises(Exception, match=r"TIGHTREC_HANDOVER=.*/gone/file cannot be written .*lies in runs/"):
+        _train(working, tmp_path / "gone" / "file")
+
+
+def _stopped(rank: int, world: int, working: Path, file: str, words: list[str]) -> int:
+    """A job that is asked to end by a signal after its first step."""
+    after = Checkpointer.save
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        after(*args, **kwargs)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with mock.patch.object(Checkpointer, "save", stop):
+        return _handed(
+            rank, world, working, file, [*words, "train.checkpoint.every_steps=1", "train.steps=9"]
+        )
+
+
+def test_a_stopped_job_hands_nothing_over(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    assert _train(tmp_path / "working", tmp_path / "file", f"run_folder={run}", job=_stopped) == [0]
+    assert summary(run)["status"] == "stopped"
+    assert not (tmp_path / "file").exists()
+
+
+def _overtaken(rank: int, world: int, working: Path, file: str, words: list[str]) -> int:
+    """A job while which another one starts, so that runs/latest moves there."""
+    build = job_module.build_task
+
+    def begin(*args: Any) -> Any:
+        point_latest(Path("runs/other"))
+        return build(*args)
+
+    point_latest = handover.point_latest
+    with mock.patch.object(job_module, "build_task", begin), mock.patch.object(job_module, "point_latest"):
+        return _handed(rank, world, working, file, words)
+
+
+def test_a_job_resumed_by_a_link_stays_with_its_run_when_the_link_moves(tmp_path: Path) -> None:
+    runs, file = tmp_path / "runs", tmp_path / "file"
+    (runs / "other").mkdir(parents=True)
+    assert _train(tmp_path, file, "run_folder=runs/mine") == [0]
+    for step, given in ((2, "runs/latest"), (3, "runs/latest/checkpoints/step-00000002")):
+        assert _train(
+            tmp_path, file, "run_folder=null", f"resume={given}", f"train.steps={step}", job=_overtaken
+        ) == [0]
+        assert open_checkpoint(runs / "mine").step == step
+        assert file.read_text() == str(runs / "mine")
+        assert list((runs / "other").iterdir()) == []
+        (runs / "latest").unlink()
+        (runs / "latest").symlink_to("mine")
+
+
+def test_a_caller_takes_the_folder_over_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "file"
+    for name in ("", str(file)):
+        monkeypatch.setenv("TIGHTREC_HANDOVER", name)
+        assert handover.take_over() is None
+    handover.hand_over(tmp_path / "run")
+    assert handover.take_over() == tmp_path / "run"
+    assert list(tmp_path.iterdir()) == []
+    assert handover.take_over() is None
+    monkeypatch.delenv("TIGHTREC_HANDOVER")
+    handover.hand_over(tmp_path / "run")
+    assert handover.take_over() is None
+
+
+def test_a_split_without_rows_is_none(tmp_path: Path) -> None:
+    folder = handover.held_out(_sources(80), None, tmp_path)
+    assert folder is not None
+    files.make_partial(tmp_path / "checkpoints", 1)
+    files.publish(tmp_path / "checkpoints", files.Manifest(step=1, world=1, files={}, extra={"data": folder}))
+    assert handover.lacking(tmp_path) is None
+    schema = load_schema(Path(folder))
+    dataclasses.replace(schema, rows={**schema.rows, "test": 0}).save(Path(folder))
+    assert handover.lacking(tmp_path) == "rows of the split test"

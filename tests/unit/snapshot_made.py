@@ -92,7 +92,7 @@ def make_snapshot(
     labels = (torch.rand(20_000, generator=generator) < scores).float()
     writer.finish(
         step=1,
-        source={"fingerprint": "0" * 64, "words": "made by a test"},
+        source={"fingerprint": "0" * 64, "checkpoint": "made by a test"},
         model=config,
         features={
             "dense": [f"d{i}" for i in range(dense)],

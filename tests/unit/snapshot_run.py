@@ -17,6 +17,7 @@ from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.models.config import ModelConfig
 from tightrec.models.dlrm import DLRM, build_tables
 from tightrec.snapshot import export, store
+from tightrec.snapshot.manifest import SnapshotManifest
 from tightrec.snapshot.watch import WatchConfig, watch
 from tightrec.trainer.checkpoint import CheckpointConfig, Checkpointer
 from tightrec.trainer.handover import description, held_out
@@ -101,7 +102,7 @@ def points_at(out: Path) -> str:
     return os.readlink(out / "current")
 
 
-def manifest_of(path: Path) -> store.SnapshotManifest:
+def manifest_of(path: Path) -> SnapshotManifest:
     """The manifest of a snapshot, all of whose files are compared with it."""
     manifest = store.read_manifest(path)
     store.check(path, manifest)

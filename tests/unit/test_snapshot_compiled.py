@@ -1,6 +1,8 @@
 """Snapshots as torch.export and TorchScript files: every type in every form, bit for bit the same scores."""
 
 import io
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -96,6 +98,24 @@ def test_a_snapshot_of_all_types_gives_its_scores_in_a_process_without_this_pack
     load(folder)
 
 
+def test_a_link_that_moves_on_while_files_are_read_is_one_snapshot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old, new = (make_snapshot(tmp_path / name, seed=seed) for seed, name in enumerate(("old", "new")))
+    link, real = tmp_path / "current", compiled.load
+
+    def moving(folder: Path) -> Any:
+        snapshot = real(folder)
+        link.unlink()
+        link.symlink_to(new)
+        return snapshot
+
+    link.symlink_to(old)
+    monkeypatch.setattr(compiled, "load", moving)
+    compile_to(link, tmp_path / "model.pt", "torchscript")
+    assert link.resolve() == new
+
+
 def test_a_file_that_scores_otherwise_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_snapshot(tmp_path / "snapshot")
     other = make_snapshot(tmp_path / "other")
@@ -149,6 +169,33 @@ def test_mistakes_are_told(tmp_path: Path, out: str, form: Any, told: str) -> No
     with pytest.raises(ValueError, match=told.replace(".", r"\.")):
         compile_to(folder, tmp_path / out, form)
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("form", ["torch.export", "torchscript"])
+def test_a_relative_name_is_compared_in_the_other_process_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: Any
+) -> None:
+    make_snapshot(tmp_path / "snapshot")
+    monkeypatch.chdir(tmp_path)
+    assert compile_to("snapshot", "model.pt", form).path.is_file()
+
+
+@pytest.mark.parametrize("form", ["torch.export", "torchscript"])
+def test_a_full_disk_is_an_error_and_leaves_nothing(tmp_path: Path, form: str) -> None:
+    """torch's own writers end the process with a signal instead."""
+    make_snapshot(tmp_path / "snapshot")
+    code = (
+        "import resource, sys\n"
+        "from tightrec.snapshot.compiled import compile_to\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
+        "try:\n    compile_to('snapshot', 'model.pt', sys.argv[1])\n"
+        "except OSError as error:\n    print('told:', error.strerror)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, form], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert "told: File too large" in done.stdout, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["snapshot"]
 
 
 def test_a_damaged_snapshot_is_refused(tmp_path: Path) -> None:

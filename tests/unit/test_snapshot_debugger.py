@@ -228,6 +228,37 @@ def test_a_layer_that_makes_nan_is_named(run: Path, monkeypatch: pytest.MonkeyPa
     assert "values that are not finite out of finite ones" in only("top.0", words)
 
 
+def test_the_exact_model_runs_once_a_batch(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, passes = debugger.measure, []
+
+    def counting(exact: Any, *others: Any) -> Any:
+        exact.lookup.register_forward_hook(lambda *_: passes.append(1))
+        return real(exact, *others)
+
+    monkeypatch.setattr(debugger, "measure", counting)
+    assert told(run, batch_size=100)[0] == 0
+    assert len(passes) == 3
+
+
+def test_a_link_that_moves_on_while_files_are_read_is_one_snapshot(
+    run: Path, snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, link, real = tmp_path / "other", tmp_path / "current", debugger.read_dense
+    shutil.copytree(snapshot, other)
+    forge_tensors(other, ITEM, swap_scale_and_bias(17))
+
+    def moving(*arguments: Any) -> Any:
+        link.unlink()
+        link.symlink_to(other)
+        return real(*arguments)
+
+    link.symlink_to(snapshot)
+    monkeypatch.setattr(debugger, "read_dense", moving)
+    status, words = told(run, snapshot=link)
+    assert status == 0, words
+    assert link.resolve() == other
+
+
 def test_changed_bytes_are_told_and_compared_all_the_same(run: Path, snapshot: Path) -> None:
     flip_byte(snapshot / ITEM, -1 - (WIDE.embedding_dim + 8))
     status, words = told(run, snapshot=snapshot)

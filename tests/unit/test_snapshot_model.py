@@ -30,7 +30,8 @@ def trained(dense: int, **shape: Any) -> DLRM:
     return model
 
 
-def served(model: DLRM, config: ModelConfig, dense: int) -> Scorer:
+def served(model: DLRM, config: ModelConfig, dense: int, kind: str = "fp32", promised: bool = True) -> Scorer:
+    """The model on fp32 tables and layers of ``kind``, told which inputs are nonnegative if ``promised``."""
     state = model.state_dict()
     lookup = Lookup(
         [
@@ -45,8 +46,9 @@ def served(model: DLRM, config: ModelConfig, dense: int) -> Scorer:
         lookup.fill(f"t_{name}", pack(state[key], "fp32"))
     layers = {}
     for spec in layer_specs(config, dense):
-        stored = store_layer(state[spec.weight], state[spec.bias] if spec.bias else None, "fp32")
-        layers[spec.name] = make_layer(stored, relu=spec.relu, device=CPU)
+        stored = store_layer(state[spec.weight], state[spec.bias] if spec.bias else None, kind)
+        nonnegative = promised and spec.nonnegative
+        layers[spec.name] = make_layer(stored, relu=spec.relu, device=CPU, nonnegative=nonnegative)
     extras = {name: state[key] for name, key in extra_keys(dense).items()}
     return Scorer(config, len(COLUMNS), lookup, layers, extras, CPU)
 
@@ -85,6 +87,21 @@ def test_in_float32_it_gives_the_trained_models_logits(dense: int, shape: dict[s
         found = served(model, config, dense)(values, ids, offsets)
     assert expected.std() > 0.01
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dense", "shape"), SHAPES)
+def test_what_is_promised_of_inputs_changes_no_bit_of_an_int8_model(
+    dense: int, shape: dict[str, Any]
+) -> None:
+    model = trained(dense, **shape)
+    config = ModelConfig(embedding_dim=8, bottom_layers=(12,), top_layers=(16, 9), cross_layers=2, **shape)
+    scorers = [served(model, config, dense, "int8", promised) for promised in (False, True)]
+    for scorer, count in zip(scorers, (0, 3 if dense else 2), strict=True):
+        assert sum(layer.nonnegative for layer in (*scorer.bottom, *scorer.cross, *scorer.top)) == count
+    with torch.inference_mode():
+        told_nothing, told = (scorer(*batch(dense)) for scorer in scorers)
+    assert told.std() > 0.01
+    assert torch.equal(told, told_nothing)
 
 
 @pytest.mark.parametrize(("dense", "shape"), SHAPES)

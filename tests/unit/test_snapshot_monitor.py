@@ -14,7 +14,7 @@ import torch
 from tightrec.models.scores import score
 from tightrec.snapshot import monitor as module
 from tightrec.snapshot.monitor import BLOCKS, Alarm, Monitor, MonitorConfig, score_histogram
-from tightrec.snapshot.score_sums import calibration_of, ne_of, row_sums
+from tightrec.snapshot.score_sums import calibration_of, moment_sums, ne_of
 
 Rows = tuple[np.ndarray, np.ndarray]
 
@@ -210,7 +210,7 @@ def test_ne_and_calibration_are_those_of_the_trainer() -> None:
 
 def test_standard_errors_are_those_of_a_thousand_draws() -> None:
     random = np.random.default_rng(10)
-    drawn = [row_sums(*(c.astype(float) for c in rows(random, 1_000))) for _ in range(1_000)]
+    drawn = [moment_sums(*(c.astype(float) for c in rows(random, 1_000))) for _ in range(1_000)]
     for figure in (ne_of, calibration_of):
         values, errors = np.array([figure(sums) for sums in drawn]).T
         assert errors.mean() == pytest.approx(values.std(), rel=0.1)
@@ -284,7 +284,7 @@ def test_threads_may_share_a_monitor(monkeypatch: pytest.MonkeyPatch) -> None:
         return called
 
     monkeypatch.setattr(module, "counts_of", slowly(module.counts_of))
-    monkeypatch.setattr(module, "row_sums", slowly(module.row_sums))
+    monkeypatch.setattr(module, "moment_sums", slowly(module.moment_sums))
 
     def work() -> None:
         for _ in range(20):

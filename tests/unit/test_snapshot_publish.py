@@ -81,7 +81,7 @@ def test_a_new_snapshot_gets_its_name(tmp_path: Path, made: tuple[Path, Path]) -
 def test_a_snapshot_that_is_there_is_replaced_only_if_told(tmp_path: Path, made: tuple[Path, Path]) -> None:
     out = shutil.copytree(made[0], tmp_path / "out")
     partial = shutil.copytree(made[1], partial_of(out))
-    with pytest.raises(ValueError, match=r"out exists already. Give replace=true"):
+    with pytest.raises(ValueError, match=r"out exists already. Give another folder, or replace=true"):
         publish(partial, out)
     assert which(out, made) == 0
     publish(partial, out, replace=True)
@@ -164,6 +164,62 @@ def test_a_failing_rename_puts_the_old_one_back(
     assert which(out, made) == 0
 
 
+@pytest.mark.parametrize("end", [SystemExit(143), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", [False, True])
+def test_a_signal_between_the_renames_puts_the_old_one_back(
+    tmp_path: Path, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, end: BaseException, after: bool
+) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    partial = shutil.copytree(made[1], partial_of(out))
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        # As a signal's handler does: behind the call that it came in, or before the next one.
+        if Path(source) == partial and not after:
+            raise end
+        real(source, target)
+        if Path(source) == out and after:
+            raise end
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(type(end)):
+        publish(partial, out, replace=True)
+    assert which(out, made) == 0
+    assert names(tmp_path) == ["out", partial.name]
+
+
+def test_a_signal_after_the_renames_leaves_the_new_one(
+    tmp_path: Path, made: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = shutil.copytree(made[0], tmp_path / "out")
+    partial = shutil.copytree(made[1], partial_of(out))
+    real = os.rename
+
+    def rename(source: Path, target: Path) -> None:
+        real(source, target)
+        if Path(source) == partial:
+            raise SystemExit(143)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", rename)
+        with pytest.raises(SystemExit):
+            publish(partial, out, replace=True)
+    assert which(out, made) == 1
+    tidy(out)
+    assert which(out, made) == 1
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_restarted_process_of_the_same_number_tidies_too(tmp_path: Path, made: tuple[Path, Path]) -> None:
+    """As in a container, whose processes count from the same number at every start."""
+    out = tmp_path / "out"
+    shutil.copytree(made[0], tmp_path / f"out.old-{os.getpid()}")
+    shutil.copytree(made[1], partial_of(out))
+    tidy(out)
+    assert which(out, made) == 0
+    assert names(tmp_path) == ["out"]
+
+
 def test_a_kill_of_the_tidying_is_tidied(tmp_path: Path, made: tuple[Path, Path], gone: int) -> None:
     for there in (False, True):
         for calls in range(100):
@@ -187,7 +243,7 @@ def test_a_kill_of_the_tidying_is_tidied(tmp_path: Path, made: tuple[Path, Path]
 
 def test_what_belongs_to_others_is_let_be(tmp_path: Path, made: tuple[Path, Path], gone: int) -> None:
     out = tmp_path / "out"
-    kept = [f"out.partial-{os.getpid()}", "out.partial-x", f"out2.partial-{gone}", f"outX.old-{gone}"]
+    kept = [f"out.partial-{os.getppid()}", "out.partial-x", f"out2.partial-{gone}", f"outX.old-{gone}"]
     for name in [*kept, f"out.partial-{gone}"]:
         shutil.copytree(made[0], tmp_path / name)
     (tmp_path / f"out.old-{gone}").write_text("a file")

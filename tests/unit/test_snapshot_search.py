@@ -18,7 +18,7 @@ from tightrec.snapshot.config import PrecisionConfig
 from tightrec.snapshot.parts import Parts, logits_of
 from tightrec.snapshot.precision import LAYER_TYPES, TABLE_TYPES, Plan
 from tightrec.snapshot.search import Found, search, sensitivity_json, smallest
-from tightrec.snapshot.sensitivity import Bench, Cost, Loss, expected_loss, types_bytes
+from tightrec.snapshot.sensitivity import Bench, Cost, Loss, expected_loss
 from tightrec.snapshot.verify import ne_loss
 
 BATCH = 512
@@ -182,7 +182,7 @@ def test_brute_force_finds_little_more(monkeypatch: pytest.MonkeyPatch) -> None:
             {**bench.exact, **dict(zip(("table:t_0", "table:t_1", "table:t_2"), chosen, strict=True))}
             for chosen in itertools.product(("fp32", *kinds), repeat=3)
         ]
-        sized = [(types_bytes(parts, types), bench.loss(types).bound) for types in mixtures]
+        sized = [(parts.bytes(types), bench.loss(types).bound) for types in mixtures]
         for budget in (2e-6, 1e-5, 3e-5, 1e-4, 3e-4):
             best = min(size for size, bound in sized if bound <= budget)
             found, _ = found_in(parts, columns, budget, ranges="dynamic")

@@ -1,18 +1,21 @@
 """A snapshot's folder: written, read back, and refused when damaged."""
 
+import errno
 import json
 import os
+import resource
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from snapshot_forged import flip_byte, forge_manifest, forge_tensors
 from snapshot_made import make_snapshot
 
+from tightrec.snapshot import store
 from tightrec.snapshot.layers import StoredLayer, store_layer
 from tightrec.snapshot.manifest import MANIFEST, DamagedSnapshot, plain
 from tightrec.snapshot.packed import pack
@@ -191,6 +194,44 @@ def test_a_view_is_written_without_what_lies_around_it(tmp_path: Path) -> None:
     (file,) = (tmp_path / "a" / "tables").iterdir()
     assert torch.equal(load_file(file)["rows"], whole[[10, 12]])
     assert file.stat().st_size < 400
+
+
+def test_a_full_disk_is_told_with_the_files_name(tmp_path: Path) -> None:
+    writer = SnapshotWriter(tmp_path / "a")
+    rows = pack(torch.ones(10_000, 4), "fp32")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="the file cannot be written") as refusal:
+            writer.write_table("t", "fp32", 4, rows)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    error = refusal.value
+    assert (error.errno, error.filename) == (errno.EFBIG, str(tmp_path / "a" / "tables" / "t.safetensors"))
+    assert error.strerror == f"the file cannot be written: {os.strerror(errno.EFBIG)}"
+
+
+def test_a_refusal_without_a_number_is_an_error_of_the_disk_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise SafetensorError("something else")
+
+    monkeypatch.setattr(store, "save_file", refuse)
+    with pytest.raises(OSError, match=r"dense\.safetensors") as refusal:
+        SnapshotWriter(tmp_path / "a").write_dense({"top.0": a_layer()}, {})
+    assert refusal.value.errno == errno.EIO
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_weights_are_as_readable_as_other_files(tmp_path: Path, mask: int) -> None:
+    before = os.umask(mask)
+    try:
+        folder = make_snapshot(tmp_path / "a")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
 
 
 def test_there_is_no_snapshot(tmp_path: Path) -> None:

@@ -27,8 +27,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from tightrec.formats.run_folder import RUN_FILE
+
 METRICS_FILE = "metrics.jsonl"
-RUN_FILE = "run.json"
 
 
 class RecordFile:
