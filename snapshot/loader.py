@@ -101,8 +101,8 @@ class Snapshot:
         """
         if self.manifest.score_histogram is None:
             raise ValueError(
-                "this snapshot was exported without scoring held-out rows (verify=false), so there is nothing "
-                "to compare with. Export it with verify=true, and data=FOLDER if its checkpoint names no rows."
+                "this snapshot was exported without scoring held-out rows (verify=false): it has nothing to "
+                "compare with. Export it with verify=true, and data=FOLDER if its checkpoint names no rows."
             )
         known = MonitorConfig.__dataclass_fields__
         unknown = [name for name in settings if name not in known]
