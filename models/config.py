@@ -4,6 +4,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+def table_name(feature: str) -> str:
+    """The embedding table of a sparse feature; every feature has one of its own."""
+    return f"t_{feature}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
     """Shape of a DLRM-class model; feature counts come from the data's schema."""

@@ -13,7 +13,7 @@ from torchrec.modules.embedding_configs import EmbeddingBagConfig, PoolingType
 from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, table_name
 from tightrec.models.interaction import DotInteraction, side_by_side
 
 
@@ -140,7 +140,7 @@ def build_tables(
         device=device or torch.device("meta"),
         tables=[
             EmbeddingBagConfig(
-                name=f"t_{name}",
+                name=table_name(name),
                 feature_names=[name],
                 num_embeddings=cardinality,
                 embedding_dim=config.embedding_dim,

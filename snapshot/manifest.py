@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, table_name
 from tightrec.snapshot.precision import LAYER_TYPES, TABLE_TYPES, Plan
 
 FORMAT = "tightrec snapshot"
@@ -292,7 +292,7 @@ def _check(manifest: SnapshotManifest) -> None:
     names = [feature.name for feature in sparse] + list(manifest.dense)
     _demand(len(set(names)) == len(names), "a feature stands in it twice")
     _demand(
-        [table.name for table in manifest.tables] == [f"t_{feature.name}" for feature in sparse],
+        [table.name for table in manifest.tables] == [table_name(feature.name) for feature in sparse],
         "tables and features differ",
     )
     for feature, table in zip(sparse, manifest.tables, strict=True):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, table_name
 from tightrec.snapshot.layers import StoredLayer, layer_bytes, make_layer, store_layer
 from tightrec.snapshot.lookup import Lookup, TableShape
 from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs
@@ -154,11 +154,6 @@ def pack_table(name: str, rows: Tensor, kind: str, row_search: str) -> Tensor:
         return pack(rows, kind, row_search)
     except ValueError as error:
         raise ValueError(f"table {name} ({len(rows):,} rows): {error}") from None
-
-
-def table_name(feature: str) -> str:
-    """The table of a feature, as :func:`tightrec.models.dlrm.build_tables` names it."""
-    return f"t_{feature}"
 
 
 def read_parts(checkpoint: Checkpoint, rows: Sequence[Columns]) -> Parts:

@@ -25,7 +25,7 @@ from tightrec.formats import checkpoint_files as files
 from tightrec.formats.run_folder import CHECKPOINTS
 from tightrec.formats.schema import SCHEMA_FILE, Schema, SparseColumn
 from tightrec.formats.settings import from_mapping
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, table_name
 
 _MODEL = "model.model."
 """What stands before the names of the DLRM's state dict: it is the member ``model`` of the task, and the task
@@ -205,13 +205,13 @@ def _require_tables(checkpoint: Checkpoint) -> None:
         found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if found != wanted:
             raise ValueError(
-                f"The checkpoint {checkpoint.path} describes a table t_{column.name} of shape {wanted}, but "
-                f"holds {'none' if found is None else found}. It is not one of the trainer's; save it again."
+                f"The checkpoint {checkpoint.path} describes a table {table_name(column.name)} of shape "
+                f"{wanted}, but holds {'none' if found is None else found}. It is not one of the trainer's; save it again."
             )
 
 
 def _key_of_table(column: SparseColumn) -> str:
-    return f"{_MODEL}{_TABLES}t_{column.name}.weight"
+    return f"{_MODEL}{_TABLES}{table_name(column.name)}.weight"
 
 
 class _Part(io.RawIOBase):
