@@ -204,9 +204,10 @@ def _require_tables(checkpoint: Checkpoint) -> None:
         entry = checkpoint.metadata.state_dict_metadata.get(_key_of_table(column))
         found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if found != wanted:
+            held = "none" if found is None else found
             raise ValueError(
                 f"The checkpoint {checkpoint.path} describes a table {table_name(column.name)} of shape "
-                f"{wanted}, but holds {'none' if found is None else found}. It is not one of the trainer's; save it again."
+                f"{wanted}, but holds {held}. It is not one of the trainer's; save it again."
             )
 
 
