@@ -175,6 +175,8 @@ def test_interrupted_it_leaves_nothing_behind(run: Path, tmp_path: Path, number:
     words = ["export", f"checkpoint={run}", f"out={out}", "precision=auto"]
     process = subprocess.Popen(
         [sys.executable, "-m", "tightrec.snapshot", *words],
+        # Jobs that a shell starts in the background are born with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
         env=ENVIRONMENT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

@@ -75,15 +75,25 @@ def test_a_signal_ends_the_watcher_at_once(tmp_path: Path, number: signal.Signal
     out = tmp_path / "out"
     make(tmp_path / "run", 1)
     words = ["watch", f"run={tmp_path / 'run'}", f"out={out}", "follow=true", "poll_s=1000"]
-    with subprocess.Popen(
-        command(*words), env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as watcher:
+    watcher = subprocess.Popen(
+        command(*words),
+        # Jobs that a shell starts in the background are born with Ctrl-C ignored.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
         assert watcher.stdout
         for line in watcher.stdout:
             if "points at" in line:
                 break
         watcher.send_signal(number)
         _, errors = watcher.communicate(timeout=60)
+    finally:
+        watcher.kill()
+        watcher.wait()
     assert watcher.returncode == status, errors
     assert "Traceback" not in errors
     assert sorted(path.name for path in out.iterdir()) == [".lock", "current", "step-00000001"]
