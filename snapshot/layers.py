@@ -16,6 +16,7 @@ from threading import Lock
 import torch
 from torch import Tensor, nn
 
+from tightrec.snapshot.integers import fixed_levels, fused_multiply_add, products
 from tightrec.snapshot.precision import LAYER_TYPES
 from tightrec.snapshot.ranges import affine
 
@@ -230,9 +231,9 @@ class _GpuInt8(_Layer):
         # cuBLASLt takes multiples of 8 alone.
         padded = torch.zeros(_up(outputs), _up(inputs), dtype=torch.int8, device=device)
         padded[:outputs, :inputs] = stored.weight.to(device)
-        self.weight = padded.t()
+        self.weight, self.padded_sums = padded.t(), padded.sum(1, dtype=torch.int32)
         self.outputs, self.inputs = outputs, inputs
-        self.sums = stored.weight.sum(1, dtype=torch.int32).to(device)
+        self.sums = self.padded_sums[:outputs]
         self.scale, self.bias = stored.scale.to(device), _bias(stored).to(device)
         self.fixed = None if stored.activation is None else affine(*stored.activation, ACTIVATION_BITS)
 
@@ -243,22 +244,18 @@ class _GpuInt8(_Layer):
             y = sums.to(torch.float32).mul_(self.scale)
             y.add_(zero * (self.sums.to(torch.float32) * self.scale)).mul_(step).add_(self.bias)
         else:
-            scale, zero_point = self.fixed
-            # Through float64, since the CPU multiplies and adds with one rounding.
-            inverse = torch.tensor(1.0, device=x.device) / torch.tensor(scale, device=x.device)
-            levels = torch.round((x.double() * inverse.double() + zero_point).to(torch.float32))
-            sums = self.multiply(levels.clamp_(0, 255)).sub_(zero_point * self.sums)
-            factor = (scale * self.scale).double()
-            y = (sums.to(torch.float32).double() * factor + self.bias.double()).to(torch.float32)
+            scale = torch.tensor(self.fixed[0], dtype=torch.float32, device=x.device)
+            sums = self.multiply(fixed_levels(x, scale, self.fixed[1])) - self.fixed[1] * self.sums
+            y = fused_multiply_add(sums.to(torch.float32), scale * self.scale, self.bias)
         return torch.relu_(y) if self.relu else y
 
     def multiply(self, levels: Tensor) -> Tensor:
-        """Products of integers 0 to 255, float32 [B, K], with the weights: int32 [B, N]."""
+        """Products of levels 0 to 255, float32 [B, K], with the weights: int32 [B, N]."""
         rows = levels.shape[0]
-        # int8 holds -128 to 127; at least 17 rows are needed.
-        signed = torch.zeros(max(rows, 32), self.weight.shape[0], dtype=torch.int8, device=levels.device)
-        signed[:rows, : self.inputs] = levels.sub(128).to(torch.int8)
-        return torch._int_mm(signed, self.weight)[:rows, : self.outputs] + 128 * self.sums
+        # At least 17 rows are needed. What is added meets weights of zero, or is cut off.
+        padded = levels.new_zeros(max(rows, 32), self.weight.shape[0])
+        padded[:rows, : self.inputs] = levels
+        return products(padded, self.weight, self.padded_sums)[:rows, : self.outputs]
 
 
 def row_steps(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tightrec import snapshot
 from tightrec.snapshot import integers, layer_reference
-from tightrec.snapshot.layers import make_layer, store_layer
+from tightrec.snapshot.layers import _GpuInt8, make_layer, store_layer
 from tightrec.snapshot.ranges import affine
 
 SNAPSHOT = Path(str(snapshot.__file__)).parent
@@ -87,3 +87,19 @@ def names_taken(path: Path) -> set[str]:
             module = str(node.module).removeprefix("tightrec.snapshot").lstrip(".")
             found |= {f"{module}.{alias.name}".lstrip(".") for alias in node.names}
     return found
+
+
+@pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="torch._int_mm saturates without VNNI")
+@pytest.mark.parametrize("activation", [None, (-3.0, 2.5), (0.0, 4.0)])
+@pytest.mark.parametrize(("batch", "inputs", "outputs"), [(1, 1, 1), (3, 13, 5), (40, 64, 17), (0, 8, 8)])
+def test_the_gpus_integers_are_the_cpus_operators_bit_for_bit(
+    activation: tuple[float, float] | None, batch: int, inputs: int, outputs: int
+) -> None:
+    """The code for GPUs, run on the CPU: what it pads is cut off again."""
+    generator = torch.Generator().manual_seed(inputs)
+    weight = torch.randn(outputs, inputs, generator=generator)
+    stored = store_layer(weight, torch.randn(outputs, generator=generator), "int8", activation)
+    x = torch.randn(batch, inputs, generator=generator) * 2
+    for relu in (False, True):
+        expected = make_layer(stored, relu=relu, device=torch.device("cpu"))(x)
+        assert torch.equal(_GpuInt8(stored, relu, torch.device("cpu"))(x), expected)
