@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from tightrec.formats.columns import Columns
 from tightrec.snapshot.calibrate import chosen_ranges
 from tightrec.snapshot.config import PrecisionConfig
 from tightrec.snapshot.differences import TABLE, Difference, ScorerInputs, Stage, measure
-from tightrec.snapshot.export import Material, choose, gather
+from tightrec.snapshot.export import Material, Say, choose, gather
 from tightrec.snapshot.loader import load
 from tightrec.snapshot.manifest import DamagedSnapshot, SnapshotManifest, plain
 from tightrec.snapshot.model import Scorer
@@ -40,8 +40,6 @@ LAYER_LIMITS_DB = {"fp32": 100.0, "fp16": 60.0, "bf16": 42.0, "int8": 25.0}
 
 STORED_LIMIT = 1.5
 """A stored row may be this many times farther from float32 than the same row packed anew."""
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -193,25 +193,26 @@ def build(
     }
     writer.finish(**facts, verification=None, score_histogram=None)
     served = load(partial).scorer
+    rows = material.search_rows if material.verify_rows is None else material.verify_rows
+    logits = None if rows is None else logits_of(served, rows, config.batch_size)
     verification = None
     if verified:
         assert material.verify_rows is not None
-        replayed = material.verify_rows
         verification = verify(
             parts.scorer(parts.exact),
-            parts.narrowed(replayed),
+            parts.narrowed(material.verify_rows),
             served,
-            replayed,
+            material.verify_rows,
             split=config.verify_split,
             budget_ne=config.budget_ne,
             batch_size=config.batch_size,
             float32_bytes=parts.plan_bytes(parts.exact),
             snapshot_bytes=parts.plan_bytes(plan),
+            logits=logits,
         )
-    rows = material.search_rows if material.verify_rows is None else material.verify_rows
     histogram = None
-    if rows is not None:
-        probabilities = logits_of(served, rows, config.batch_size).sigmoid()
+    if rows is not None and logits is not None:
+        probabilities = logits.sigmoid()
         # Scores that are not numbers have no place in it; their verification has failed already.
         if bool(probabilities.isfinite().all()):
             histogram = score_histogram(probabilities.numpy(), rows.labels)

@@ -14,7 +14,7 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,12 @@ from tightrec.formats import checkpoint_files as files
 from tightrec.formats.run_folder import CHECKPOINTS, FINISHED, RUN_FILE
 from tightrec.snapshot import current, store
 from tightrec.snapshot.config import PrecisionConfig
-from tightrec.snapshot.export import Material, build, choose, gather
+from tightrec.snapshot.export import Material, Say, build, choose, gather
 from tightrec.snapshot.manifest import plain
 from tightrec.snapshot.plans import AUTO, FORCED, forced_plan
 from tightrec.snapshot.precision import Plan
 from tightrec.snapshot.source import Checkpoint, open_checkpoint
 from tightrec.snapshot.verify import Verification
-
-Say = Callable[[str], None]
 
 DONE, FAILED = 0, 1
 
