@@ -367,3 +367,11 @@ def test_what_no_ratio_tells() -> None:
     broken.update(torch.ones(3), torch.ones(3))
     assert math.isnan(broken.sqnr_db) and math.isnan(broken.cosine) and math.isnan(broken.max_error)
     assert broken.not_finite == 2
+
+
+def test_a_folder_that_is_not_there_is_told_before_the_work(run: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    config = DebugConfig(checkpoint=run, json=tmp_path / "nowhere" / "figures.json")
+    with pytest.raises(ValueError, match=r"nowhere does not exist\. Make it first\."):
+        debug(config, lines.append)
+    assert lines == []

@@ -330,3 +330,11 @@ def test_the_format_is_named_first(folder: Path) -> None:
     assert (
         (folder / MANIFEST).read_text().startswith('{\n "format": "tightrec snapshot",\n "format_version": 1')
     )
+
+
+@pytest.mark.parametrize("activation", [[0.5, 1.0], [-1.0, -0.5], [1.0, -1.0]])
+def test_a_range_that_does_not_hold_zero_is_refused(tmp_path: Path, activation: list[float]) -> None:
+    folder = make_snapshot(tmp_path / "snapshot")
+    forge_manifest(folder, lambda values: values["layers"]["top.0"].update(activation=activation))
+    with pytest.raises(DamagedSnapshot, match="of a layer's input does not hold zero"):
+        load(folder)

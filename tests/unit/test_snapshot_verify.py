@@ -68,6 +68,32 @@ def test_figures_are_those_of_all_rows() -> None:
     assert found.p999_change == pytest.approx(float(change[math.ceil(0.999 * ROWS) - 1]))
 
 
+def test_all_but_a_thousandth_of_the_rows_change_by_at_most_what_it_says() -> None:
+    rows = columns()
+    # Every probability moves by an amount of its own: from 0.5 to itself.
+    found = compare(lambda dense, ids, offsets: 0 * dense[:, 0], rows=rows)
+    change = (torch.from_numpy(rows.dense[:, 0]).double().sigmoid() - 0.5).abs()
+    assert int((change > found.p999_change).sum()) == ROWS // 1000
+    assert int((change >= found.p999_change).sum()) == ROWS // 1000 + 1
+
+
+def test_logits_that_are_known_already_are_taken() -> None:
+    rows = columns()
+    known = verify(
+        exact,
+        rows,
+        exact,
+        rows,
+        split="test",
+        budget_ne=0.5,
+        batch_size=300,
+        float32_bytes=4,
+        snapshot_bytes=1,
+        logits=torch.from_numpy(rows.dense[:, 0]) / 2,
+    )
+    assert known.ne_loss == compare(halved).ne_loss > 0
+
+
 def test_the_budget_decides() -> None:
     loss = compare(halved).ne_loss
     assert loss > 0.01
