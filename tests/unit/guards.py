@@ -19,7 +19,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "models": set(),
     "trainer": {"kernels", "compression", "sharding", "formats", "models", "conf"},
     "snapshot": {"formats", "models"},
-    "serving": {"formats", "snapshot"},
+    "serving": {"formats", "models", "snapshot"},
     "conf": set(),
     "examples": {"kernels", "compression", "sharding", "models"},
 }
