@@ -11,12 +11,14 @@ printed.
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,16 +35,21 @@ from torchrec.optim.optimizers import in_backward_optimizer_filter
 
 from tightrec.models.dlrm import build_tables
 from tightrec.sharding.plan import Cluster, make_plan
-from tightrec.sharding.traffic import counted_traffic
+from tightrec.sharding.traffic import Traffic, counted_traffic
 from tightrec.trainer.build import build_task, derived_seed
+from tightrec.trainer.checkpoint import Checkpointer
 from tightrec.trainer.config import JobConfig, load
 from tightrec.trainer.control import Control, StopRequest
 from tightrec.trainer.data.batch import Batch
 from tightrec.trainer.data.loader import Loader
 from tightrec.trainer.data.synthetic import SyntheticSource
-from tightrec.trainer.metrics import TrainWindow
+from tightrec.trainer.exchange_watch import ExchangeWatch
+from tightrec.trainer.loop import Outcome, Trainer
 from tightrec.trainer.pipeline import build_pipeline
 from tightrec.trainer.ranks import Ranks, connected
+from tightrec.trainer.report.run_log import RunLog
+from tightrec.trainer.timing import StepProfiler
+from tightrec.trainer.trace import StepTrace
 
 
 class PlainRun:
@@ -92,40 +99,65 @@ class PlainRun:
 
 
 class OurRun:
-    """The same through our task and pipeline, with all that our loop does beside each step."""
+    """The same by our trainer's own loop; its log says nothing, no step is profiled, nothing is saved."""
 
     def __init__(
         self, config: JobConfig, ranks: Ranks, source: SyntheticSource, request: StopRequest
     ) -> None:
         built = build_task(config, ranks, source.schema)
-        self.learning_rate = built.learning_rate
-        self.pipeline = build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device)
-        self.control = Control(ranks.control, config.train.agree_every, request)
-        self.ranks = ranks
+        # A segment of steps saves and traces nothing; the folder is for what is asked for one at its start.
+        self._folder = tempfile.TemporaryDirectory()
+        folder = Path(self._folder.name)
+        # No rank 0, which alone would write.
+        log = RunLog(folder, rank=1, config=config.logging)
+        self.losses: list[torch.Tensor] = []
+        self.trainer = Trainer(
+            config=config.train,
+            ranks=ranks,
+            task=built.task,
+            optimizer=built.optimizer,
+            pipeline=build_pipeline(config.train.pipeline, built.task, built.optimizer, ranks.device),
+            learning_rate=built.learning_rate,
+            loaders={},
+            control=_Losses(self.losses, ranks.control, config.train.agree_every, request),
+            checkpointer=Checkpointer(folder, config.train.checkpoint),
+            traffic=Traffic(),
+            exchange=ExchangeWatch(built.steering, built.task, built.plain_plan, ranks, log),
+            profiler=StepProfiler(0, ranks.device),
+            trace=StepTrace(folder, ranks.rank, None),
+            log=log,
+            about={},
+        )
         self.step = 0
 
     def steps(self, batches: list[Batch]) -> list[torch.Tensor]:
         """The loss of each batch, [steps] scalars."""
-        stream: Iterator[Batch] = iter(batches)
-        window = TrainWindow(self.ranks.device)
-        losses = []
-        with counted_traffic():
-            for _ in batches:
-                self.learning_rate.set(self.step)
-                predictions = self.pipeline.progress(stream)
-                self.step += 1
-                window.update(predictions.logits, predictions.batch.labels, predictions.batch.weights)
-                self.control.watch(self.step, predictions.loss, predictions.batch)
-                self.control.point(self.step)
-                losses.append(predictions.loss)
-        window.compute(self.ranks.control)
+        with counted_traffic() as traffic:
+            trainer = dataclasses.replace(self.trainer, traffic=traffic)
+            done, _ = trainer.segment(iter(batches), len(batches), self.step, Outcome())
+        self.step += done
+        losses, self.losses[:] = list(self.losses), []
         return losses
+
+
+class _Losses(Control):
+    """Keeps every step's loss beside what the loop does with it."""
+
+    def __init__(self, kept: list[torch.Tensor], *rest: Any) -> None:
+        super().__init__(*rest)
+        self._kept = kept
+
+    def watch(self, step: int, loss: torch.Tensor, batch: Batch) -> None:
+        self._kept.append(loss)
+        super().watch(step, loss, batch)
 
 
 def compared(
     config: JobConfig, ranks: Ranks, steps: int, turn: int, compare: bool
 ) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Losses of each step, and seconds a step in each turn, of the plain run and ours, on this rank."""
+    if config.model.representation.hashing:
+        raise ValueError("torchrec has no deep hash embeddings. Leave model.representation at its tables.")
     source = SyntheticSource(config.data.synthetic, "train")
     loader = Loader(source, config.data.loader, ranks.rank, ranks.world)
     batches = list(islice(loader.iterate(loader.start(0)), steps))

@@ -7,6 +7,9 @@ from typing import Any, Literal
 Representation = Literal["table", "dhe", "hybrid"]
 """What makes the vectors of one feature."""
 
+HASHING = ("hashes", "buckets", "transform", "decoder", "activation", "hash_seed")
+"""Settings of :class:`RepresentationConfig` that only deep hash embeddings read."""
+
 
 def table_name(feature: str) -> str:
     """The embedding table of a sparse feature; every feature has one of its own."""
@@ -64,6 +67,11 @@ class RepresentationConfig:
             raise ValueError("model.representation.decoder must hold widths of at least 1.")
         if isinstance(self.select, int) and self.select < 1:
             raise ValueError(f"model.representation.select={self.select} must be at least 1, or names.")
+
+    @property
+    def hashing(self) -> bool:
+        """Whether some feature may have a deep hash embedding."""
+        return self.kind != "table" or any(kind != "table" for kind in self.features.values())
 
 
 @dataclass(frozen=True, kw_only=True)

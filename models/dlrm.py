@@ -1,6 +1,7 @@
 """DLRM and DLRM-DCNv2 built from torchrec's modules, for any number of dense features, none included.
 
-Legend: B rows, F sparse features, D embedding dim, N = F + 1 vectors a row (the first from the dense part).
+Legend: B rows, D embedding dim, V vectors of the sparse features, N = V + 1 vectors a row: the one from the
+dense part, those from tables, those from deep hash embeddings (DHE). A hybrid feature gives two of the V.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from torchrec.modules.embedding_modules import EmbeddingBagCollection
 from torchrec.sparse.jagged_tensor import KeyedJaggedTensor, KeyedTensor
 
 from tightrec.models.config import ModelConfig, table_name
+from tightrec.models.hashed_arch import HashedArch
 from tightrec.models.interaction import DotInteraction, side_by_side
+from tightrec.models.representation import Cardinalities, with_table
 
 
 class CrossInteraction(nn.Module):
@@ -26,7 +29,7 @@ class CrossInteraction(nn.Module):
         self.crossnet = LowRankCrossNet(width, config.cross_layers, config.cross_rank).to(device)
 
     def forward(self, dense: Tensor, sparse: Sequence[Tensor]) -> Tensor:
-        """Map [B, D] and F times [B, D] to [B, N * D], N = F + 1."""
+        """Map [B, D] and V times [B, D] to [B, N * D], N = V + 1."""
         return self.crossnet(side_by_side(dense, sparse))
 
 
@@ -48,39 +51,44 @@ class LearnedConstant(nn.Module):
 
 
 class DLRM(nn.Module):
-    """Embedding tables, bottom MLP, interaction (dot or cross network) and top MLP; returns logits.
+    """Embeddings, bottom MLP, interaction (dot or cross network) and top MLP; returns logits.
 
-    Module and parameter names are those of ``torchrec.models.dlrm.DLRM``, so that state dicts of the
-    ``dlrm`` architecture interchange with it. Everything behind the tables is a module of its own,
-    because torchrec's pipeline traces this forward symbolically and stops at modules without tables.
+    With tables alone, module and parameter names are those of ``torchrec.models.dlrm.DLRM``, so that state
+    dicts of the ``dlrm`` architecture interchange with it. Everything behind the tables is a module of its
+    own, because torchrec's pipeline traces this forward symbolically and stops at modules without tables.
 
     Args:
         tables: an EmbeddingBagCollection whose tables all have dim ``config.embedding_dim``; sharding
-            replaces it in place.
+            replaces it in place. None: no feature has a table.
         dense_features: number of dense columns, possibly 0.
         device: where the MLPs are made.
+        hashed: the deep hash embeddings; None: no feature has one.
     """
 
     def __init__(
         self,
-        tables: EmbeddingBagCollection,
+        tables: EmbeddingBagCollection | None,
         dense_features: int,
         config: ModelConfig,
         device: torch.device | None = None,
+        *,
+        hashed: HashedArch | None = None,
     ) -> None:
         super().__init__()
-        names = [name for table in tables.embedding_bag_configs() for name in table.feature_names]
+        configs = [] if tables is None else tables.embedding_bag_configs()
+        names = [name for table in configs for name in table.feature_names]
         # Known here rather than asked of a tensor, which is a proxy while torchrec traces the forward.
         self.device_type = device.type if device else "cpu"
         self.autocast_bf16 = config.dense_precision == "bf16"
-        self.sparse_arch = _SparseArch(tables, names)
+        self.sparse_arch = None if tables is None else _SparseArch(tables, names)
+        self.hashed_arch = hashed
         self.dense_arch: nn.Module
         if dense_features:
             layers = [*config.bottom_layers, config.embedding_dim]
             self.dense_arch = DenseArch(dense_features, layer_sizes=layers, device=device)
         else:
             self.dense_arch = LearnedConstant(config.embedding_dim, device)
-        vectors = 1 + len(names)
+        vectors = 1 + len(names) + (len(hashed.names) if hashed is not None else 0)
         self.inter_arch: nn.Module
         if config.architecture == "dlrm":
             self.inter_arch = DotInteraction(vectors, device)
@@ -92,17 +100,28 @@ class DLRM(nn.Module):
 
     def forward(self, dense: Tensor, sparse: KeyedJaggedTensor) -> Tensor:
         """Logits [B] of rows with dense features [B, dense_features] and bags ``sparse`` (stride B)."""
-        return self.from_pooled(dense, self.sparse_arch.embedding_bag_collection(sparse))
+        pooled = None if self.sparse_arch is None else self.sparse_arch.embedding_bag_collection(sparse)
+        return self.from_pooled(dense, pooled, self.hashed(sparse))
 
-    def from_pooled(self, dense: Tensor, pooled: KeyedTensor) -> Tensor:
-        """The logits [B] that follow from pooled embeddings, which may still be on their way."""
+    def hashed(self, sparse: KeyedJaggedTensor) -> list[Tensor]:
+        """The deep hash embeddings [B, D] of bags; none where no feature has one."""
+        return [] if self.hashed_arch is None else self.hashed_arch(sparse)
+
+    def from_pooled(self, dense: Tensor, pooled: KeyedTensor | None, hashed: list[Tensor]) -> Tensor:
+        """The logits [B] that follow from a batch's vectors.
+
+        Args:
+            dense: [B, dense_features]
+            pooled: rows of the tables, which may still be on their way; None: no feature has a table.
+            hashed: what :meth:`hashed` gave.
+        """
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
             vector = self.dense_arch(dense)
-        # Only now are the embeddings waited for: the bottom MLP overlaps with their exchange, its backward
-        # with that of their gradients.
-        embedded = self.sparse_arch.pooled(pooled)
+        # Only now are the tables' rows waited for: bottom MLP and deep hash embeddings overlap with their
+        # exchange, the backward of both with that of their gradients.
+        embedded = [] if self.sparse_arch is None else self.sparse_arch.pooled(pooled)
         with torch.autocast(self.device_type, torch.bfloat16, enabled=self.autocast_bf16):
-            logits = self.over_arch(self.inter_arch(vector, embedded))
+            logits = self.over_arch(self.inter_arch(vector, embedded + hashed))
         return logits.float().squeeze(-1)
 
 
@@ -132,20 +151,28 @@ class _PooledColumns(nn.Module):
 
 
 def build_tables(
-    columns: Sequence[tuple[str, int]], config: ModelConfig, device: torch.device | None = None
-) -> EmbeddingBagCollection:
-    """One table a sparse column: ``columns`` holds (name, cardinality); table ``t_NAME``, feature NAME."""
+    columns: Cardinalities, config: ModelConfig, device: torch.device | None = None
+) -> EmbeddingBagCollection | None:
+    """One table a sparse column that has one: table ``t_NAME``, feature NAME; None: no column has a table.
+
+    Args:
+        columns: name and cardinality of every sparse column.
+        device: where the tables are made; None: on meta, without memory.
+
+    Raises:
+        ValueError: ``config.representation`` names a feature that is not there.
+    """
     pooling = {"sum": PoolingType.SUM, "mean": PoolingType.MEAN}[config.pooling]
-    return EmbeddingBagCollection(
-        device=device or torch.device("meta"),
-        tables=[
-            EmbeddingBagConfig(
-                name=table_name(name),
-                feature_names=[name],
-                num_embeddings=cardinality,
-                embedding_dim=config.embedding_dim,
-                pooling=pooling,
-            )
-            for name, cardinality in columns
-        ],
-    )
+    names = with_table(columns, config.representation)
+    tables = [
+        EmbeddingBagConfig(
+            name=table_name(name),
+            feature_names=[name],
+            num_embeddings=cardinality,
+            embedding_dim=config.embedding_dim,
+            pooling=pooling,
+        )
+        for name, cardinality in columns
+        if name in names
+    ]
+    return EmbeddingBagCollection(device=device or torch.device("meta"), tables=tables) if tables else None

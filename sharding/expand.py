@@ -26,6 +26,7 @@ class Expansion:
 
     def __init__(self, slots: Sequence[Slot], names: Sequence[str], features: Sequence[str]) -> None:
         self.unit = gcd(*(slot.dim for slot in slots)) if slots else 1
+        self._features = len(features)
         places = {name: place for place, name in enumerate(features)}
         order = {name: place for place, name in enumerate(names)}
         # (order of the name, column) sorts the slots as their columns stand in the output.
@@ -47,8 +48,8 @@ class Expansion:
 
     @cached_property
     def _plain_order(self) -> bool:
-        """Whether column i comes from feature i, so that no inverse index has to be picked."""
-        return torch.equal(self._feature_of, torch.arange(len(self._feature_of)))
+        """Whether column i comes from feature i and there are no others, as features without a table are."""
+        return torch.equal(self._feature_of, torch.arange(self._features))
 
     def index(self, rows: Sequence[int], inverse: Tensor | None, batch: int, device: torch.device) -> Tensor:
         """Which unit row each unit of the output is, int64 [batch * width / unit].

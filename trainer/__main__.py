@@ -53,7 +53,7 @@ def main(words: list[str]) -> int:
         )
         return MISTAKEN
     try:
-        if settings.ab.codecs:
+        if settings.ab.variants:
             from tightrec.trainer.compare.ab import run_all
 
             return run_all(settings, overrides, job.run)

@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tightrec.formats.run_folder import CHECKPOINTS
 from tightrec.formats.settings import from_mapping, keys_of
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import HASHING, ModelConfig
 from tightrec.sharding.config import CodecConfig, ShardingConfig
 from tightrec.trainer.checkpoint import CheckpointConfig
 from tightrec.trainer.compare.config import AbConfig
@@ -179,7 +179,7 @@ class JobConfig:
     """Looking closely."""
 
     ab: AbConfig = AbConfig()
-    """Several codecs and seeds in one job, and their comparison."""
+    """Several codecs or representations, and seeds, in one job, and their comparison."""
 
     def __post_init__(self) -> None:
         if self.resume == "auto" and self.run_folder is None:
@@ -197,9 +197,10 @@ def load(overrides: Sequence[str]) -> tuple[JobConfig, dict[str, Any]]:
     overrides = [*_recorded_overrides(overrides), *overrides]
     # Hydra accepts only keys that it knows: the dataclasses' own defaults, under the files of conf/.
     defaults = OmegaConf.create(dataclasses.asdict(JobConfig()))
-    # Its keys are the names of tables, which nobody knows yet.
+    # Their keys are the names of tables and features, which nobody knows yet.
     OmegaConf.set_struct(defaults.sharding.tables, False)
     OmegaConf.set_struct(defaults.codec.bound.tables, False)
+    OmegaConf.set_struct(defaults.model.representation.features, False)
     ConfigStore.instance().store(name=DEFAULTS, node=defaults)
     try:
         with initialize_config_module(config_module=CONF_MODULE, version_base="1.3"):
@@ -231,6 +232,8 @@ def unused_settings(config: JobConfig, overrides: Sequence[str]) -> list[str]:
         "data.synthetic": config.data.source != "synthetic",
         "model.cross_layers": config.model.architecture != "dcnv2",
         "model.cross_rank": config.model.architecture != "dcnv2",
+        **{f"model.representation.{name}": not config.model.representation.hashing for name in HASHING},
+        "model.representation.select": config.model.representation.kind != "select",
         "schedule.decay_start": config.schedule.decay == "constant",
         "schedule.decay_steps": config.schedule.decay == "constant",
         "schedule.end": config.schedule.decay == "constant",
@@ -247,7 +250,7 @@ def unused_settings(config: JobConfig, overrides: Sequence[str]) -> list[str]:
         "codec.shadow_every": not config.codec.framed,
         "codec.examine_every": config.codec.mode not in ("measured", "published")
         and "auto" not in (config.codec.forward, config.codec.backward),
-        "ab.seeds": not config.ab.codecs,
+        "ab.seeds": not config.ab.variants,
     }
     return [
         f"{key} is set but not used: {reason}."
@@ -266,6 +269,11 @@ def _why_unused(setting: str, config: JobConfig) -> str:
         "data.synthetic.multi_hot_mean": "data.synthetic.multi_hot=0",
         "train.metrics.bins": f"train.metrics.auc={config.train.metrics.auc}",
     }
+    if setting.startswith("model.representation."):
+        kind = config.model.representation.kind
+        special[setting] = f"model.representation.kind={kind}"
+        if setting.rpartition(".")[2] in HASHING:
+            special[setting] += ", and model.representation.features has no dhe and no hybrid"
     if setting in special:
         return special[setting]
     return {
@@ -276,7 +284,7 @@ def _why_unused(setting: str, config: JobConfig) -> str:
         "sharding": f"sharding.type={config.sharding.type}, only the planner reads it",
         "codec": f"codec.forward={config.codec.forward}, codec.backward={config.codec.backward}, "
         f"codec.mode={config.codec.mode}",
-        "ab": "ab.codecs is empty",
+        "ab": "ab.codecs and ab.representations are empty",
     }[setting.partition(".")[0]]
 
 

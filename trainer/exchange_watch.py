@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torchrec.sparse.jagged_tensor import KeyedTensor
 
@@ -56,7 +57,10 @@ class ExchangeWatch:
         """A training step has ended, with ``step`` done: probe where it is due; a collective then."""
         if self._steering is None or not self._steering.probe.ready:
             return
-        record = self._steering.probe.run(lambda pooled: self._loss(pooled, batch))
+        with torch.no_grad():
+            # Of no table, so that they are the same in every loss that the probe compares.
+            hashed = self._model.hashed(batch.sparse)
+        record = self._steering.probe.run(lambda pooled: self._loss(pooled, hashed, batch))
         self._log.probe(
             step=step,
             total_dne=record["total_dne"],
@@ -65,9 +69,9 @@ class ExchangeWatch:
             tables=record["tables"],
         )
 
-    def _loss(self, pooled: KeyedTensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(self, pooled: KeyedTensor, hashed: list[Tensor], batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Sum of log losses, rows and positives of this rank's batch."""
-        logits = self._model.from_pooled(batch.dense, pooled)
+        logits = self._model.from_pooled(batch.dense, pooled, hashed)
         losses = nn.functional.binary_cross_entropy_with_logits(
             logits.double(), batch.labels.double(), weight=batch.weights.double(), reduction="sum"
         )

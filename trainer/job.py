@@ -30,11 +30,13 @@ from tightrec.trainer.data.shards import Position
 from tightrec.trainer.data.synthetic import SyntheticSource
 from tightrec.trainer.exchange_watch import ExchangeWatch
 from tightrec.trainer.handover import description, hand_over, held_out, point_latest
+from tightrec.trainer.idle import idle_settings
 from tightrec.trainer.loop import Outcome, Progress, Trainer
 from tightrec.trainer.noise import hush
 from tightrec.trainer.pipeline import build_pipeline
 from tightrec.trainer.ranks import Ranks, connected
 from tightrec.trainer.report.run_log import RunLog
+from tightrec.trainer.resume_check import other_representation
 from tightrec.trainer.timing import StepProfiler
 from tightrec.trainer.trace import StepTrace
 
@@ -56,16 +58,26 @@ def run(config: JobConfig, plain: Mapping[str, Any], overrides: Sequence[str]) -
         stack.enter_context(_traced_failure(folder, ranks))
         stack.enter_context(_explained())
         request = stack.enter_context(stop_on_signals())
-        if ranks.rank == 0:
-            write_record(folder, plain, overrides)
         log = stack.enter_context(RunLog(folder, ranks.rank, config.logging))
         for sentence in unused_settings(config, overrides):
             log.warn(sentence)
         if ranks.world == 1 and (config.codec.forward, config.codec.backward) != ("none", "none"):
             log.warn("With one rank nothing is exchanged, so the codec changes nothing.")
         sources = open_sources(config.data)
-        built = build_task(config, ranks, sources["train"].schema)
-        _warn_of_idle(config, overrides, sources, log)
+        schema = sources["train"].schema
+        built = build_task(config, ranks, schema)
+        if checkpoint is not None:
+            refusal = other_representation(checkpoint, config.model, schema) if ranks.rank == 0 else None
+            refusal = ranks.from_first(refusal)
+            if refusal:
+                raise ValueError(refusal)
+        # Only now, so that words that are refused are not repeated when the run is resumed without them.
+        if ranks.rank == 0:
+            write_record(folder, plain, overrides)
+        if "valid" not in sources:
+            log.warn("the data has no valid split, so nothing is evaluated before the end.")
+        for sentence in idle_settings(overrides, sources, tables=bool(built.plan)):
+            log.warn(sentence)
         _describe(config, plain, ranks, folder, built, sources, log)
         if config.debug.dry_run:
             log.say("dry run: stopped before the first step")
@@ -94,7 +106,9 @@ def _train(
     request: StopRequest,
     log: RunLog,
 ) -> Outcome:
-    loaders = {split: _loader(config, source, split, ranks) for split, source in sources.items()}
+    # Equal bags save lookups and exchange; distinct ids are the deep hash embeddings' own business.
+    dedup = config.codec.dedup and bool(built.plan)
+    loaders = {split: _loader(config, source, split, ranks, dedup) for split, source in sources.items()}
     checkpointer = Checkpointer(folder / CHECKPOINTS, config.train.checkpoint)
     progress = Progress(step=0, position=loaders["train"].start(0))
     exchange = ExchangeWatch(built.steering, built.task, built.plain_plan, ranks, log)
@@ -141,7 +155,7 @@ def _train(
     return outcome
 
 
-def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Loader:
+def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks, dedup: bool) -> Loader:
     settings = dataclasses.replace(
         config.data.loader,
         seed=config.seed,
@@ -153,7 +167,7 @@ def _loader(config: JobConfig, source: Source, split: str, ranks: Ranks) -> Load
         ranks.rank,
         ranks.world,
         pin_memory=ranks.device.type == "cuda",
-        dedup=config.codec.dedup,
+        dedup=dedup,
     )
 
 
@@ -211,27 +225,6 @@ def _held_out(config: JobConfig, sources: dict[str, Source], folder: Path, log: 
         return None
 
 
-def _warn_of_idle(
-    config: JobConfig, overrides: Sequence[str], sources: dict[str, Source], log: RunLog
-) -> None:
-    """Name settings that were given and that this data leaves without effect."""
-    given = {word.lstrip("+~").partition("=")[0] for word in overrides}
-    idle = {
-        "train.eval_every": ("valid" not in sources, "the data has no valid split"),
-        "train.eval_steps": (
-            "valid" not in sources and "test" not in sources,
-            "there is nothing to evaluate",
-        ),
-        "train.test": ("test" not in sources, "the data has no test split"),
-        "model.bottom_layers": (not sources["train"].schema.dense, "the data has no dense columns"),
-    }
-    if "valid" not in sources:
-        log.warn("the data has no valid split, so nothing is evaluated before the end.")
-    for setting, (unused, why) in idle.items():
-        if unused and setting in given:
-            log.warn(f"{setting} is set but not used: {why}.")
-
-
 def _describe(
     config: JobConfig,
     plain: Mapping[str, Any],
@@ -250,6 +243,7 @@ def _describe(
         plan=plan_json(built.plan),
         rows=rows,
         parameters_rank0=parameters,
+        size=built.size.to_json(),
     )
     if ranks.rank == 0:
         (folder / "plan.json").write_text(json.dumps(plan_json(built.plan), indent=1) + "\n")
@@ -259,7 +253,8 @@ def _describe(
         f"{ranks.world} rank(s) on {ranks.device.type}; codec {config.codec.forward} forward, "
         f"{config.codec.backward} backward; rows: {counts}"
     )
-    log.say(plan_text(built.plan))
+    log.say(built.size.words())
+    log.say(plan_text(built.plan) if built.plan else "no feature has a table, so nothing is exchanged")
     wanted = config.sharding.type
     moved = [r.table for r in built.plan if r.type != wanted and r.table not in _overridden(config, built)]
     if wanted != "auto" and moved:

@@ -1,7 +1,7 @@
 """The training loop: steps, evaluations, checkpoints, and an end that all ranks agree on."""
 
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -129,7 +129,7 @@ class Trainer:
         with closing(loader.iterate(begin, steps=total)) as stream:
             while done < total:
                 length = min(total - done, self._to_boundary(progress.step))
-                ran, stop = self._segment(stream, length, progress.step, outcome)
+                ran, stop = self.segment(stream, length, progress.step, outcome)
                 done += ran
                 progress.step += ran
                 progress.position = loader.advance(begin, [done] * self.ranks.world)
@@ -141,10 +141,19 @@ class Trainer:
             progress.position = loader.start(begin.epoch + 1)
         self._boundary(progress, outcome, end_of_epoch=True)
 
-    def _segment(
-        self, stream: Generator[Batch], length: int, step: int, outcome: Outcome
-    ) -> tuple[int, bool]:
-        """Run up to ``length`` steps; returns how many, and whether a stop was agreed."""
+    def segment(self, stream: Iterator[Batch], length: int, step: int, outcome: Outcome) -> tuple[int, bool]:
+        """Run up to ``length`` steps after ``step`` others; a collective.
+
+        Args:
+            stream: at least ``length`` batches.
+            outcome: gets the rows, seconds and bytes added.
+
+        Returns:
+            Steps run, and whether a stop was agreed.
+
+        Raises:
+            NotANumber: on every rank, when any rank's loss was not finite.
+        """
         batches = Drained(stream, length)
         window = TrainWindow(self.ranks.device)
         self.traffic.take()

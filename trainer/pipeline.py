@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import record_function
 from torchrec.distributed.train_pipeline import TrainPipelineSparseDist
+from torchrec.distributed.types import ShardedModule
 from torchrec.optim.keyed import CombinedOptimizer
 
 from tightrec.trainer.data.batch import Batch
@@ -55,9 +56,10 @@ def build_pipeline(
     """The pipeline ``name``; ``auto`` is torchrec's TrainPipelineSparseDist, which runs on CPU and CUDA.
 
     It fetches two batches ahead and sends the ids of the next batch during the forward of this one.
-    Both compute the same numbers, bit for bit.
+    Both compute the same numbers, bit for bit. A task without a sharded table has no ids to send, which
+    torchrec's pipeline does not take: it gets the plain one.
     """
-    if name == "plain":
+    if name == "plain" or not any(isinstance(module, ShardedModule) for module in task.modules()):
         return PlainLoop(task, optimizer, device)
     return TrainPipelineSparseDist(task, optimizer, device, execute_all_batches=True)
 

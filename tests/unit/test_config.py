@@ -30,6 +30,7 @@ def test_the_groups_are_those_of_the_readme():
         [
             "data",
             "model",
+            "representation",
             "sharding",
             "codec",
             "optimizer",

@@ -36,6 +36,8 @@ CASES = {
         ["a@t", "a@u", "b"],
     ),
     "one dim, features swapped": ([slot("b", 4), slot("a", 4)], ["b", "a"]),
+    "one dim, b has no table": ([slot("a", 4)], ["a"]),
+    "one dim, a has no table": ([slot("b", 4)], ["b"]),
 }
 
 

@@ -1,4 +1,5 @@
-"""Many runs in one job: each codec with each seed, one after the other in the same processes.
+"""Many runs in one job: each codec, or each representation, with each seed, one after the other in the same
+processes.
 
 Started again with the same words and ``run_folder``, the job leaves out what is finished and goes on where it
 was stopped.
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tightrec.trainer.compare.comparison import compare
-from tightrec.trainer.compare.config import PLAIN
+from tightrec.trainer.compare.config import PLAIN, AbConfig
 from tightrec.trainer.compare.runs import comparable, differing
 from tightrec.trainer.config import JobConfig, load
 from tightrec.trainer.control import stop_on_signals
@@ -24,11 +25,11 @@ RunOne = Callable[[JobConfig, dict[str, Any], Sequence[str]], int]
 
 COMPARISON_FILE = "comparison.html"
 _OURS = {
-    "codec": "ab.codecs names the codecs",
     "seed": "ab.seeds names the seeds",
     "resume": "run_folder names the folder to go on in",
 }
-"""Words that each run is given by the job itself, and what stands in their place."""
+"""Words that each run is given by the job itself, and what stands in their place; beside them the word of the
+group that ``ab`` varies."""
 
 _MOST_TOLD = 3
 
@@ -47,7 +48,7 @@ def run_all(config: JobConfig, words: Sequence[str], run_one: RunOne) -> int:
     """Make every run of ``config.ab`` on this rank, then compare them on rank 0; a collective.
 
     Args:
-        config: the job's, with at least one codec in ``ab``.
+        config: the job's, with at least one codec or representation in ``ab``.
         words: the overrides that made it.
         run_one: makes one run, as :func:`tightrec.trainer.job.run` does.
 
@@ -55,10 +56,11 @@ def run_all(config: JobConfig, words: Sequence[str], run_one: RunOne) -> int:
         0 once all is done, or when the job was stopped with its state saved; else what ``run_one`` returned.
 
     Raises:
-        ValueError: words that the job sets itself, a codec that does not exist, an earlier run of other
-            settings in the same folder, or what ``run_one`` refuses; the last ones with the run's name.
+        ValueError: words that the job sets itself, a codec or representation that does not exist, an earlier
+            run of other settings in the same folder, or what ``run_one`` refuses; the last ones with the
+            run's name.
     """
-    _refuse_ours(words)
+    _refuse_ours(config.ab, words)
     with stop_on_signals() as request:
         with connected(config.train.device, config.train.timeout_s) as ranks:
             folder = Path(ranks.from_first(_folder(config) if ranks.rank == 0 else None))
@@ -89,11 +91,12 @@ def run_all(config: JobConfig, words: Sequence[str], run_one: RunOne) -> int:
     return 0
 
 
-def _refuse_ours(words: Sequence[str]) -> None:
+def _refuse_ours(ab: AbConfig, words: Sequence[str]) -> None:
+    ours = {**_OURS, ab.varied.removesuffix("s"): f"ab.{ab.varied} names the {ab.varied}"}
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
-        if key in _OURS and word != "resume=auto":
-            raise ValueError(f"{word} does not go with ab.codecs: {_OURS[key]}. Leave it out.")
+        if key in ours and word != "resume=auto":
+            raise ValueError(f"{word} does not go with ab.{ab.varied}: {ours[key]}. Leave it out.")
 
 
 def _folder(config: JobConfig) -> str:
@@ -104,22 +107,28 @@ def _folder(config: JobConfig) -> str:
 def _jobs(config: JobConfig, words: Sequence[str], folder: Path) -> list[_Job]:
     """Every run; a mistake in the words of the last shows before the first starts."""
     ab = config.ab
-    if len(ab.codecs) * len(ab.seeds) < 2:
-        raise ValueError("ab.codecs and ab.seeds make a single run, with nothing to compare it to. Add one.")
+    if len(ab.variants) * len(ab.seeds) < 2:
+        raise ValueError(
+            f"ab.{ab.varied} and ab.seeds make a single run, with nothing to compare it to. Add one."
+        )
     kept = [word for word in words if not word.startswith(("run_folder=", "resume=", "ab."))]
-    composed = {codec: _composed(codec, kept) for codec in ab.codecs}
+    composed = {variant: _composed(ab, variant, kept) for variant in ab.variants}
     return [
-        _job(folder / f"{codec}_{seed}", seed, *composed[codec]) for seed in ab.seeds for codec in ab.codecs
+        _job(folder / f"{variant}_{seed}", seed, *composed[variant])
+        for seed in ab.seeds
+        for variant in ab.variants
     ]
 
 
-def _composed(codec: str, kept: Sequence[str]) -> tuple[JobConfig, dict[str, Any], list[str]]:
-    format_ = ["codec=none", "codec.dedup=false"] if codec == PLAIN else [f"codec={codec}"]
-    words = [*kept, *format_, "ab.codecs=[]"]
+def _composed(ab: AbConfig, variant: str, kept: Sequence[str]) -> tuple[JobConfig, dict[str, Any], list[str]]:
+    own = [f"{ab.varied.removesuffix('s')}={variant}"]
+    if ab.varied == "codecs" and variant == PLAIN:
+        own = ["codec=none", "codec.dedup=false"]
+    words = [*kept, *own, f"ab.{ab.varied}=[]"]
     try:
         return *load(words), words
     except ValueError as error:
-        error.add_note(f"(in the run {codec} of ab.codecs)")
+        error.add_note(f"(in the run {variant} of ab.{ab.varied})")
         raise
 
 

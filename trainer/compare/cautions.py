@@ -7,6 +7,8 @@ from tightrec.trainer.compare.runs import Run, differing
 from tightrec.trainer.report.figures import DASH
 
 _SAME_TASK = ("data.", "model.")
+_COMPARED = "model.representation."
+"""Of a model, but what a comparison of representations is about; the page lists it."""
 _MOST_TOLD = 3
 
 
@@ -30,7 +32,7 @@ def _other_tasks(groups: Sequence[Group]) -> list[str]:
         keys = [
             key
             for key in differing(base.settings, group.settings)
-            if key == "ranks" or key.startswith(_SAME_TASK)
+            if key == "ranks" or (key.startswith(_SAME_TASK) and not key.startswith(_COMPARED))
         ]
         parts = [f"{key} {_value(group, key)}, there {_value(base, key)}" for key in keys[:_MOST_TOLD]]
         if len(keys) > _MOST_TOLD:

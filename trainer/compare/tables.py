@@ -17,7 +17,7 @@ _SCORES = (("AUC", "auc"), ("NE", "ne"), ("log loss", "log_loss"))
 def tables(groups: Sequence[Group]) -> list[Grid]:
     """Every table for which there is something to tell; the first group is what the others compare with."""
     grids = [_scores(groups, split) for split in reversed(SPLITS)]
-    grids += [_bytes(groups), _time(groups), _each_run(groups), _settings(groups)]
+    grids += [_sizes(groups), _bytes(groups), _time(groups), _each_run(groups), _settings(groups)]
     return [grid for grid in grids if grid is not None]
 
 
@@ -66,6 +66,31 @@ def _against(found: Difference) -> list[str]:
     share = DASH if math.isnan(found.share) else f"{found.share:+.2f}"
     within = DASH if found.within is None else "yes" if found.within else "no"
     return [f"{found.mean:+.5f}{error}", share, within]
+
+
+def _sizes(groups: Sequence[Group]) -> Grid | None:
+    """What each model costs and is worth; nothing where all are of one size."""
+    sizes = [group.fact("size", "bytes") for group in groups]
+    if all(math.isnan(found) for found in sizes) or len(set(sizes)) == 1:
+        return None
+    rows = []
+    for group, found in zip(groups, sizes, strict=True):
+        features = [count(group.fact("size", "features", kind)) for kind in ("table", "dhe", "hybrid")]
+        parameters = [group.fact("size", name) for name in ("table_parameters", "dhe_parameters")]
+        scores = [_with_spread(group.scores("test", name)) for name in ("auc", "ne")]
+        cells = [count(amount) for amount in (*parameters, group.fact("size", "parameters"))]
+        speed = _speed(_facts(group, "rows_per_s"))
+        rows.append([group.label, " / ".join(features), *scores, *cells, size(found), speed])
+    return Grid(
+        title="Representations",
+        headings=[
+            *("run", "table / dhe / hybrid", "test AUC", "test NE"),
+            *("table parameters", "dhe parameters", "parameters", "bytes", "rows/s"),
+        ],
+        rows=rows,
+        note="Features by what makes their vectors: a table, a deep hash embedding, both. Parameters and "
+        "bytes (float32) are of the whole model, each table counted once, optimizer state not at all.",
+    )
 
 
 def _bytes(groups: Sequence[Group]) -> Grid | None:

@@ -189,6 +189,14 @@ def _plan_total(run: Record) -> str:
     return f"{told}; measured: {size((sent.get('forward') or 0) + (sent.get('backward') or 0))}."
 
 
+def _model(found: Record) -> str | None:
+    """Parameters and what makes the vectors of the features."""
+    if not found:
+        return None
+    features = ", ".join(f"{name} {number}" for name, number in found["features"].items() if number)
+    return f"{count(found['parameters'])} parameters, {size(found['bytes'])}; features: {features}"
+
+
 def _facts(run: Record) -> list[tuple[str, str]]:
     """What it takes to run the run again, and where it ran."""
     host = run.get("host") or {}
@@ -201,6 +209,7 @@ def _facts(run: Record) -> list[tuple[str, str]]:
         "seed": run.get("seed"),
         "ranks": f"{run['world']} on {run.get('device')}" if run.get("world") else None,
         "rows": ", ".join(f"{split} {count(n)}" for split, n in rows.items()),
+        "model": _model(run.get("size") or {}),
         "checkpoint": run.get("checkpoint"),
         "commit": run.get("git"),
         "versions": ", ".join(f"{name} {v}" for name, v in (run.get("versions") or {}).items()),

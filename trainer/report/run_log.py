@@ -93,6 +93,7 @@ class RunLog:
         plan: Sequence[Mapping[str, Any]],
         rows: Mapping[str, int],
         parameters_rank0: int,
+        size: Mapping[str, Any] | None = None,
     ) -> None:
         """Record what the run is, before it starts.
 
@@ -103,6 +104,7 @@ class RunLog:
             plan: a mapping a table, see :func:`tightrec.sharding.plan_table.plan_json`.
             rows: by split, all ranks together.
             parameters_rank0: values that rank 0 trains, its shards of tables included.
+            size: of the whole model, see :class:`tightrec.trainer.model_size.ModelSize`.
         """
         if self.first:
             self._run |= {
@@ -113,6 +115,7 @@ class RunLog:
                 "gpu": gpu(device),
                 "rows": dict(rows),
                 "parameters_rank0": parameters_rank0,
+                "size": dict(size or {}),
                 "plan": [dict(row) for row in plan],
                 "config": dict(config),
             }
