@@ -12,7 +12,8 @@ import difflib
 import inspect
 import textwrap
 from collections.abc import Iterable, Mapping
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 T = TypeVar("T")
 
@@ -40,8 +41,12 @@ def from_mapping(cls: type[T], values: Mapping[str, Any], where: str) -> T:
 def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
     """Build the dataclass ``cls`` from command-line words of the form ``key=value`` (dots nest).
 
+    A field that is a list or tuple takes ``key=[a,b]``, ``key=[]`` or one value without brackets; nothing
+    is quoted, spaces around a value do not count, and commas inside brackets or parentheses do not part.
+
     Raises:
-        ValueError: a word without ``=``, a key given twice, or anything :func:`from_mapping` refuses.
+        ValueError: a word without ``=``, a key given twice, a list without its end, or anything
+            :func:`from_mapping` refuses.
     """
     values: dict[str, Any] = {}
     for word in words:
@@ -58,8 +63,51 @@ def from_words(cls: type[T], words: Iterable[str], where: str) -> T:
                 raise ValueError(f"{where}: {key} goes below {parent}, which was given a plain value.")
         if leaf in level:
             raise ValueError(f"{where}: {key} is given twice. Give it once.")
-        level[leaf] = None if value in ("null", "None") else value
+        level[leaf] = None if value in ("null", "None") else _listed(cls, key, value, where)
     return from_mapping(cls, values, where)
+
+
+def _listed(cls: type, key: str, value: str, where: str) -> str | list[str]:
+    """``value`` as a list where the field ``key`` of ``cls`` is one."""
+    kind: Any = cls
+    for name in key.split("."):
+        nested = next((t for t in _members(kind) if dataclasses.is_dataclass(t)), None)
+        kind = get_type_hints(nested).get(name) if nested is not None else None
+    members = _members(kind)
+    if not any((get_origin(member) or member) in (list, tuple) for member in members):
+        return value
+    if value.startswith("["):
+        parts = _parts(value[1:-1]) if value.endswith("]") and len(value) > 1 else None
+        if parts is None:
+            raise ValueError(
+                f"{where}: {key}={value} is not a list. Write {key}=[A,B] without spaces, or put the whole "
+                "word in quotes; every bracket is closed, and nothing is empty."
+            )
+        return parts
+    plain = [m for m in members if m is not type(None) and (get_origin(m) or m) not in (list, tuple)]
+    return value if plain else [value]
+
+
+def _members(kind: Any) -> tuple[Any, ...]:
+    """The types of a union, or ``kind`` alone."""
+    return get_args(kind) if get_origin(kind) in (Union, UnionType) else (kind,)
+
+
+def _parts(text: str) -> list[str] | None:
+    """What stands between the commas outside of brackets; None: the brackets do not match."""
+    parts, depth = [""], 0
+    for character in text:
+        depth += (character in "[(") - (character in "])")
+        if depth < 0:
+            return None
+        if character == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += character
+    parts = [part.strip() for part in parts]
+    if parts == [""]:
+        return []
+    return parts if all(parts) and not depth else None
 
 
 def keys_of(cls: type) -> list[str]:
