@@ -6,7 +6,7 @@ import torch
 
 from tightrec.formats.columns import Columns
 from tightrec.snapshot.layers import ACTIVATION_BITS
-from tightrec.snapshot.model import Scorer, behind_relu
+from tightrec.snapshot.model import Scorer, behind_relu, takes_codes
 from tightrec.snapshot.parts import batches
 from tightrec.snapshot.ranges import Histogram
 
@@ -34,11 +34,13 @@ def chosen_ranges(
 ) -> Ranges:
     """The fixed range of each of ``layers`` (default: all) by ``method``; without one it has dynamic ones.
 
-    With ``mixed`` only layers behind a ReLU have one: raw columns and dot products hold rare large values,
-    which a range for all rows either clips or pays for with coarse steps.
+    With ``mixed`` only layers behind a ReLU and the first ones of decoders have one, whose rows are all of
+    one distribution: raw columns and dot products hold rare large values, which a range for all rows either
+    clips or pays for with coarse steps.
     """
     names = list(histograms if layers is None else layers)
     if method == "mixed":
-        return {name: histograms[name].range("l2", ACTIVATION_BITS) for name in names if behind_relu(name)}
+        chosen = [name for name in names if behind_relu(name) or takes_codes(name)]
+        return {name: histograms[name].range("l2", ACTIVATION_BITS) for name in chosen}
     fixed = method != "dynamic"
     return {name: histograms[name].range(method, ACTIVATION_BITS) for name in names if fixed}

@@ -28,11 +28,13 @@ import torch
 from torch import Tensor, nn
 from torch.fx.experimental import _config as shape_settings
 
+from tightrec.models.representation import with_dhe
+from tightrec.snapshot.compiled_hashed import PlainBags, PlainHashes
 from tightrec.snapshot.compiled_layers import CPU, exported_layer, scripted_layer
 from tightrec.snapshot.differences import ScorerInputs
 from tightrec.snapshot.loader import Snapshot, load
 from tightrec.snapshot.lookup import Lookup
-from tightrec.snapshot.model import CONSTANT, Scorer, layer_specs
+from tightrec.snapshot.model import CONSTANT, Scorer, layer_specs, places_of
 from tightrec.snapshot.store import read_dense
 
 Form = Literal["torch.export", "torchscript"]
@@ -144,7 +146,7 @@ def compile_to(snapshot: Path | str, out: Path | str, form: Form = "torch.export
 def random_batches(snapshot: Snapshot) -> list[ScorerInputs]:
     """Batches of BATCH_SIZES rows, the same every time: bags of 0 to MOST_IDS ids, some the overflow row."""
     generator = torch.Generator().manual_seed(0)
-    rows = [table.rows for table in snapshot.manifest.tables]
+    rows = [feature.cardinality for feature in snapshot.features]
     batches = []
     for size in BATCH_SIZES:
         sizes = torch.randint(0, MOST_IDS + 1, (len(rows) * size,), generator=generator)
@@ -200,13 +202,21 @@ class _Constant(nn.Module):
 
 def _model(folder: Path, eager: Snapshot, form: Form) -> Scorer:
     """The snapshot's model, made of modules that ``form`` can write; shares the memory of its tables."""
-    config, dense = eager.manifest.config, len(eager.dense_names)
-    stored, extras = read_dense(folder, eager.manifest)
+    manifest, config, count = eager.manifest, eager.manifest.config, len(eager.features)
+    stored, extras = read_dense(folder, manifest)
     layer = exported_layer if form == "torch.export" else scripted_layer
-    layers = {spec.name: layer(stored[spec.name], spec.relu) for spec in layer_specs(config, dense)}
+    specs = layer_specs(config, len(eager.dense_names), manifest.columns)
+    layers = {spec.name: layer(stored[spec.name], spec.relu) for spec in specs}
+    names = with_dhe(manifest.columns, config.representation)
+    chosen = [column for column in manifest.columns if column[0] in names]
+    hashed = PlainHashes(chosen, config, layers, CPU) if chosen else None
     if CONSTANT in extras:
         layers = {f"bottom.{CONSTANT}": _Constant(extras[CONSTANT]), **layers}
-    return Scorer(config, len(eager.features), _Tables(eager.scorer.lookup), layers, {}, CPU).eval()
+    tables = _Tables(eager.scorer.lookup) if eager.scorer.lookup else None
+    places = places_of(manifest.columns, config)
+    model = Scorer(config, count, tables, layers, {}, CPU, hashed=hashed, places=places)
+    model.table_bags, model.hashed_bags = (PlainBags(own, count) for own in places)
+    return model.eval()
 
 
 def _write(model: Scorer, example: ScorerInputs, form: Form, path: Path) -> None:

@@ -25,7 +25,8 @@ class PrecisionConfig:
     ranges: Literal["mixed", "dynamic", "min_max", "percentile", "l2", "kl"] = "mixed"
     """Range of an int8 layer's input. ``dynamic``: each row's own. ``min_max`` to ``kl``: fixed, from a
     histogram of held-out rows: faster, and inaccurate where a few large values carry much. ``mixed``: fixed
-    by ``l2`` behind a ReLU, each row's own elsewhere. A score never depends on the rows beside it."""
+    by ``l2`` behind a ReLU and in decoders, each row's own elsewhere. A score never depends on the rows
+    beside it."""
 
     data: Path | None = None
     """Prepared folder with held-out rows; None: the one that the checkpoint names."""

@@ -12,13 +12,10 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from tightrec.snapshot.model import Scorer
+from tightrec.snapshot.model import TABLES, Scorer
 
 TABLE = "table:"
 """Stands before a table's name in a stage's: the table's own columns of the stage ``tables``."""
-
-TABLES = "tables"
-"""The stage of all tables together."""
 
 ScorerInputs = tuple[Tensor, Tensor, Tensor]
 """Dense values [B, dense columns], ids and offsets, as :class:`Scorer` takes them."""
@@ -125,9 +122,9 @@ def measure(
     Returns:
         Every stage in the order in which it runs, each table before the stage of all ``tables``.
     """
-    names = [f"{TABLE}{shape.name}" for shape in low.lookup.shapes]
+    names = [f"{TABLE}{shape.name}" for shape in low.lookup.shapes] if low.lookup else []
     stages = {name: Stage(name, own=Difference()) for name in names}
-    layers = _layers(low)
+    layers = low.layers
     with torch.inference_mode():
         for batch, low_batch in pairs:
             seen: list[tuple[str, Tensor | None, Tensor]] = []
@@ -143,10 +140,6 @@ def measure(
                     stage.terms += _terms(taken, *weights[name])
                     stage.taken = _wider(stage.taken, taken)
     return list(stages.values())
-
-
-def _layers(scorer: Scorer) -> dict[str, torch.nn.Module]:
-    return dict(zip(scorer.names, [*scorer.bottom, *scorer.cross, *scorer.top], strict=True))
 
 
 def _tables(stages: list[Stage], wanted: Tensor, found: Tensor, dim: int) -> None:

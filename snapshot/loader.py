@@ -13,11 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tightrec.snapshot import store
+from tightrec.snapshot.hashed import hashed_lookup
 from tightrec.snapshot.inputs import Inputs
 from tightrec.snapshot.layers import ACTIVATION_BITS, make_layer
 from tightrec.snapshot.lookup import Lookup, TableShape
 from tightrec.snapshot.manifest import MANIFEST, DamagedSnapshot, Feature, SnapshotManifest, read_manifest
-from tightrec.snapshot.model import Scorer, extra_keys, layer_specs
+from tightrec.snapshot.model import Scorer, extra_keys, layer_specs, places_of
 from tightrec.snapshot.monitor import Monitor, MonitorConfig
 from tightrec.snapshot.precision import Plan
 
@@ -127,7 +128,7 @@ def load(
     Args:
         device: ``cpu``, ``cuda`` or ``cuda:N``.
         out_of_range: what ``predict`` does with an id outside its table: ``refuse`` raises; ``overflow``
-            takes the table's overflow row, whose vector is zero (with mean pooling it counts as an id).
+            becomes the overflow id, whose vector is zero (with mean pooling it counts as an id).
         threads: intra-op threads of torch, for the whole process; None leaves them alone.
         check: compare every file's SHA-256 with the manifest; without it, sizes and shapes only.
 
@@ -186,7 +187,7 @@ def _device(device: str | torch.device) -> torch.device:
 
 def _scorer(folder: Path, manifest: SnapshotManifest, device: torch.device) -> Scorer:
     config = manifest.config
-    specs = layer_specs(config, len(manifest.dense))
+    specs = layer_specs(config, len(manifest.dense), manifest.columns)
     if [spec.name for spec in specs] != list(manifest.layers):
         raise DamagedSnapshot(folder, f"{MANIFEST}: its layers are not those of its model")
     stored, extras = store.read_dense(folder, manifest)
@@ -200,10 +201,20 @@ def _scorer(folder: Path, manifest: SnapshotManifest, device: torch.device) -> S
         TableShape(name=table.name, kind=table.kind, rows=table.rows, dim=table.dim)
         for table in manifest.tables
     ]
-    lookup = Lookup(shapes, config.pooling, device)
+    lookup = Lookup(shapes, config.pooling, device) if shapes else None
     for table in manifest.tables:
+        assert lookup is not None
         lookup.fill(table.name, store.read_table(folder, table))
-    scorer = Scorer(config, len(shapes), lookup, layers, extras, device)
+    scorer = Scorer(
+        config,
+        len(manifest.sparse),
+        lookup,
+        layers,
+        extras,
+        device,
+        hashed=hashed_lookup(manifest.columns, config, layers, device),
+        places=places_of(manifest.columns, config),
+    )
     return scorer.eval().requires_grad_(False)
 
 

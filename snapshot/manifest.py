@@ -5,6 +5,7 @@ Only the standard library is needed to read one. Nothing here opens the files th
 
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -13,15 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tightrec.models.config import ModelConfig, table_name
+from tightrec.models.config import ModelConfig, config_of, table_name
+from tightrec.models.representation import representations, with_dhe, with_table
 from tightrec.snapshot.precision import LAYER_TYPES, TABLE_TYPES, Plan
 
 FORMAT = "tightrec snapshot"
 """First value of every manifest: tells a snapshot's folder from a training checkpoint's, which has a
 ``manifest.json`` too."""
 
-FORMAT_VERSION = 1
-"""Version of the folder's layout."""
+FORMAT_VERSION = 2
+"""Version of the folder's layout. 1 knows tables only, and is still written where there is nothing else: a
+tightrec from before deep hash embeddings reads it, and refuses 2 in words."""
 
 MANIFEST = "manifest.json"
 """Written last: its presence says that the rest is there."""
@@ -118,7 +121,8 @@ class SnapshotManifest:
     """The checkpoint: ``fingerprint`` (SHA-256 of its manifest) and where it stood, as ``checkpoint``."""
 
     model: dict[str, Any]
-    """Fields of :class:`tightrec.models.config.ModelConfig`."""
+    """Fields of :class:`tightrec.models.config.ModelConfig`, ``representation`` only where it is not that of
+    tables alone."""
 
     features: dict[str, Any]
     """``dense``: names of the dense columns in order; ``sparse``: name, cardinality and multi_hot of each
@@ -128,7 +132,7 @@ class SnapshotManifest:
     """Fields of :class:`tightrec.snapshot.precision.Plan`."""
 
     tables: tuple[TableRecord, ...]
-    """In the order of the features."""
+    """In the order of those features that have one."""
 
     layers: dict[str, LayerRecord]
     """By name, in the order in which they run."""
@@ -152,8 +156,7 @@ class SnapshotManifest:
     @property
     def config(self) -> ModelConfig:
         """Shape of the model."""
-        fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in self.model.items()}
-        return ModelConfig(**fields)
+        return config_of(self.model)
 
     @property
     def precision(self) -> Plan:
@@ -169,6 +172,11 @@ class SnapshotManifest:
     def sparse(self) -> tuple[Feature, ...]:
         """The sparse features, in order."""
         return tuple(Feature(**feature) for feature in self.features["sparse"])
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """Name and cardinality of the sparse features, in order."""
+        return [(feature.name, feature.cardinality) for feature in self.sparse]
 
     @property
     def weight_bytes(self) -> int:
@@ -200,7 +208,10 @@ def plain(value: Any) -> Any:
 
 def to_text(manifest: SnapshotManifest) -> str:
     """The manifest as JSON, with a SHA-256 over its own values."""
-    values = {"format": FORMAT, "format_version": FORMAT_VERSION, **plain(manifest)}
+    hashed = with_dhe(manifest.columns, manifest.config.representation)
+    values = {"format": FORMAT, "format_version": FORMAT_VERSION if hashed else 1, **plain(manifest)}
+    if not hashed:
+        values["model"].pop("representation", None)
     return json.dumps({**values, "sha256": _own_sha256(values)}, indent=1, allow_nan=False) + "\n"
 
 
@@ -219,10 +230,10 @@ def from_text(text: str, folder: Path) -> SnapshotManifest:
             folder, f"{MANIFEST} is not a snapshot's", "Name a folder that `tightrec.snapshot export` wrote"
         )
     version = values.pop("format_version", None)
-    if version != FORMAT_VERSION:
+    if version not in (1, FORMAT_VERSION):
         raise DamagedSnapshot(
             folder,
-            f"{MANIFEST} has format version {version!r}, and {FORMAT_VERSION} is known here",
+            f"{MANIFEST} has format version {version!r}, and 1 to {FORMAT_VERSION} are known here",
             "Load it with the tightrec that wrote it, or export it again",
         )
     own = values.pop("sha256", None)
@@ -291,16 +302,20 @@ def _check(manifest: SnapshotManifest) -> None:
     _demand(sparse, "it names no sparse feature")
     names = [feature.name for feature in sparse] + list(manifest.dense)
     _demand(len(set(names)) == len(names), "a feature stands in it twice")
+    for feature in sparse:
+        _demand(_count(feature.cardinality) and feature.cardinality, f"cardinality of {feature.name}")
+    _check_representations(manifest, config)
+    rows = dict(manifest.columns)
     _demand(
-        [table.name for table in manifest.tables] == [table_name(feature.name) for feature in sparse],
+        [table.name for table in manifest.tables]
+        == [table_name(name) for name in with_table(manifest.columns, config.representation)],
         "tables and features differ",
     )
-    for feature, table in zip(sparse, manifest.tables, strict=True):
-        _demand(_count(feature.cardinality) and feature.cardinality, f"cardinality of {feature.name}")
+    for name, table in zip(with_table(manifest.columns, config.representation), manifest.tables, strict=True):
         _demand(
-            (table.rows, table.dim) == (feature.cardinality, config.embedding_dim),
+            (table.rows, table.dim) == (rows[name], config.embedding_dim),
             f"table {table.name} is {table.rows} x {table.dim} where the model has "
-            f"{feature.cardinality} x {config.embedding_dim}",
+            f"{rows[name]} x {config.embedding_dim}",
         )
         _demand(table.kind in TABLE_TYPES, f"type {table.kind!r} of table {table.name} is not known")
         _demand(plan.tables.get(table.name) == table.kind, f"the plan has another type for {table.name}")
@@ -309,6 +324,35 @@ def _check(manifest: SnapshotManifest) -> None:
         _demand(layer.kind in LAYER_TYPES, f"type {layer.kind!r} of layer {name} is not known")
         _demand(plan.layers.get(name) == layer.kind, f"the plan has another type for {name}")
         _demand(_count(layer.outputs) and _count(layer.inputs), f"shape of layer {name}")
+
+
+def _check_representations(manifest: SnapshotManifest, config: ModelConfig) -> None:
+    """That the deep hash embeddings are of a kind that is known, and their decoders as large as it says."""
+    shape = config.representation
+    kinds = representations(manifest.columns, shape)
+    for feature, kind in kinds.items():
+        _demand(kind in ("table", "dhe", "hybrid"), f"representation {kind!r} of {feature} is not known")
+    if set(kinds.values()) == {"table"}:
+        return
+    _demand(shape.transform in ("uniform", "gaussian"), f"transform {shape.transform!r} is not known")
+    _demand(
+        shape.activation in ("sigmoid", "relu", "mish", "linear"),
+        f"activation {shape.activation!r} is not known",
+    )
+    _demand(all(map(_count, (shape.hashes, shape.buckets))), "hashes and buckets are not counts")
+    _demand(isinstance(shape.hash_seed, int), "hash_seed is no number")
+    widths = (shape.hashes, *shape.decoder, config.embedding_dim)
+    for feature in with_dhe(manifest.columns, shape):
+        # Here, since the hashes are made before a layer is tried out.
+        found = [layer for name, layer in manifest.layers.items() if _is_of_decoder(name, feature)]
+        _demand(
+            [(layer.inputs, layer.outputs) for layer in found] == list(itertools.pairwise(widths)),
+            f"the decoder of {feature} is not {' -> '.join(map(str, widths))}",
+        )
+
+
+def _is_of_decoder(name: str, feature: str) -> bool:
+    return name.rpartition(".")[0] == f"dhe.{feature}"
 
 
 def _count(value: Any) -> bool:

@@ -1,22 +1,45 @@
 """The served model: a DLRM's arithmetic on low-precision tables and layers, without torchrec.
 
-Legend: B rows, F sparse features, D embedding dim, N = F + 1 vectors a row (the first from the dense part).
+Legend: B rows, F sparse features, Ft of them with a table, H with a deep hash embedding (hybrid ones with
+both), D embedding dim, N = 1 + Ft + H vectors a row: of the dense part, of the tables, of the hashes.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from tightrec.models.config import ModelConfig
 from tightrec.models.interaction import DotInteraction
-
-Tap = Callable[[str, Tensor | None, Tensor], object]
-"""Looks on while a model runs: a part's name, what it took in, what came out."""
+from tightrec.models.representation import Cardinalities, with_dhe, with_table
+from tightrec.snapshot.hashed import DECODERS, HashedLookup, Tap, decoder_layer
 
 CONSTANT = "constant"
 """The learned vector [D] that stands for the bottom MLP where the model has no dense columns."""
+
+TABLES, HASHED = "tables", "hashed"
+"""The stages of all tables and of all deep hash embeddings, pooled."""
+
+DECODER_KEYS = "hashed_arch.decoders"
+"""In the DLRM's state dict, before ``.weights.L`` [H, out, in] and ``.biases.L`` [H, out] of the decoders'
+layers L."""
+
+
+class Places(NamedTuple):
+    """Numbers of the features with an embedding table, and of those with a deep hash embedding."""
+
+    tables: tuple[int, ...]
+    hashed: tuple[int, ...]
+
+
+def places_of(columns: Cardinalities, config: ModelConfig) -> Places:
+    """Where the vectors of each of ``columns`` (name, cardinality) come from."""
+    names = [name for name, _ in columns]
+    of_tables, of_hashes = (chosen(columns, config.representation) for chosen in (with_table, with_dhe))
+    return Places(tuple(map(names.index, of_tables)), tuple(map(names.index, of_hashes)))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +47,8 @@ class LayerSpec:
     """A dense layer of the model, and where a checkpoint keeps it."""
 
     name: str
-    """``bottom.0``, ..., ``cross.0.v``, ``cross.0.w``, ..., ``top.0``, ...; the last one makes the logit."""
+    """``dhe.FEATURE.0``, ... of each decoder, ``bottom.0``, ..., ``cross.0.v``, ``cross.0.w``, ...,
+    ``top.0``, ...; the last one makes the logit."""
 
     weight: str
     """Key of the weight [out, in] in the state dict of :class:`tightrec.models.dlrm.DLRM`."""
@@ -35,6 +59,10 @@ class LayerSpec:
     relu: bool
     """Whether a ReLU follows."""
 
+    place: int | None = None
+    """Which one it is of the weights [H, out, in] and biases [H, out] at these keys; None: they are of this
+    layer alone."""
+
     @property
     def nonnegative(self) -> bool:
         """Whether its input comes out of a ReLU."""
@@ -42,13 +70,23 @@ class LayerSpec:
 
 
 def behind_relu(name: str) -> bool:
-    """Whether the layer ``name`` is one of an MLP, but not its first."""
-    part, _, place = name.partition(".")
-    return part in ("bottom", "top") and place != "0"
+    """Whether the layer ``name`` is one of an MLP or of a decoder, but not its first."""
+    part, _, rest = name.partition(".")
+    return part in ("bottom", "top", DECODERS) and rest.rpartition(".")[2] != "0"
 
 
-def layer_specs(config: ModelConfig, dense: int) -> list[LayerSpec]:
-    """The dense layers of a model with ``dense`` dense columns, in the order in which they run."""
+def takes_codes(name: str) -> bool:
+    """Whether the layer ``name`` is the first of a decoder, whose rows are all of one distribution."""
+    return name.startswith(f"{DECODERS}.") and not behind_relu(name)
+
+
+def layer_specs(config: ModelConfig, dense: int, columns: Cardinalities = ()) -> list[LayerSpec]:
+    """The dense layers of a model with ``dense`` dense columns, in the order in which they run.
+
+    Args:
+        columns: the sparse features; may be left out of a model that has tables for all of them.
+    """
+    assert columns or config.representation.kind == "table", "decoders are the features'"
     specs: list[LayerSpec] = []
 
     def linear(name: str, weight: str, bias: str | None, relu: bool = False) -> None:
@@ -57,6 +95,12 @@ def layer_specs(config: ModelConfig, dense: int) -> list[LayerSpec]:
     def mlp(name: str, key: str, relu: bool = True) -> None:
         linear(name, f"{key}.weight", f"{key}.bias", relu)
 
+    depth = len(config.representation.decoder) + 1
+    for place, feature in enumerate(with_dhe(columns, config.representation)):
+        for i in range(depth):
+            weight, bias = (f"{DECODER_KEYS}.{part}.{i}" for part in ("weights", "biases"))
+            name, relu = decoder_layer(feature, i), i < depth - 1
+            specs.append(LayerSpec(name=name, weight=weight, bias=bias, relu=relu, place=place))
     if dense:
         for i in range(len(config.bottom_layers) + 1):
             mlp(f"bottom.{i}", f"dense_arch.model._mlp.{i}._linear")
@@ -76,17 +120,44 @@ def extra_keys(dense: int) -> dict[str, str]:
     return {} if dense else {CONSTANT: "dense_arch.vector"}
 
 
+class Bags:
+    """Takes the ids and offsets of some of F features out of those of all.
+
+    Args:
+        places: numbers of the features, ascending.
+        sparse: F.
+        device: where the ids are.
+    """
+
+    def __init__(self, places: Sequence[int], sparse: int, device: torch.device) -> None:
+        self.places = tuple(places)
+        self.all = len(places) == sparse
+        self.index = torch.tensor(places, dtype=torch.int64, device=device)
+
+    def __call__(self, ids: Tensor, offsets: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Of ``rows`` rows, in the layout that :class:`Scorer` takes; not copied where all are asked for."""
+        if self.all or not rows:
+            return ids, offsets
+        ends = offsets[::rows].tolist()
+        chosen = torch.cat([ids[ends[place] : ends[place + 1]] for place in self.places])
+        sizes = offsets.diff().view(-1, rows).index_select(0, self.index).flatten()
+        return chosen, functional.pad(sizes.cumsum(0), (1, 0))
+
+
 class Scorer(nn.Module):
     """Logits from checked inputs; the order of operations is that of :class:`tightrec.models.dlrm.DLRM`.
 
     Args:
         config: shape of the model; ``dense_precision`` is not looked at, layers have types of their own.
         sparse: F.
-        lookup: ids and offsets of F * B bags, feature-major, to pooled embeddings float32 [B, F * D].
+        lookup: ids and offsets of Ft * B bags, feature-major, to pooled embeddings float32 [B, Ft * D]; None:
+            there is no table.
         layers: by the names of :func:`layer_specs`; each maps float32 [B, in] to float32 [B, out], its ReLU
-            included.
+            included. Those of decoders are ``hashed``'s.
         extras: by the names of :func:`extra_keys`.
         device: where it computes.
+        hashed: the deep hash embeddings; None: there are none.
+        places: which features have a table and which are those of ``hashed``; None: all of them.
     """
 
     constant: Tensor | None
@@ -95,21 +166,34 @@ class Scorer(nn.Module):
         self,
         config: ModelConfig,
         sparse: int,
-        lookup: nn.Module,
+        lookup: nn.Module | None,
         layers: Mapping[str, nn.Module],
         extras: Mapping[str, Tensor],
         device: torch.device,
+        *,
+        hashed: HashedLookup | None = None,
+        places: Places | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.sparse = config.embedding_dim, sparse
-        self.lookup = lookup
+        self.lookup, self.hashed = lookup, hashed
+        everywhere = tuple(range(sparse))
+        places = places or Places(() if lookup is None else everywhere, () if hashed is None else everywhere)
+        self.table_bags, self.hashed_bags = (Bags(chosen, sparse, device) for chosen in places)
         # A ModuleList a part instead of one ModuleDict: its keys may not hold dots.
         self.names = list(layers)
         self.bottom = nn.ModuleList(layer for name, layer in layers.items() if name.startswith("bottom."))
         self.cross = nn.ModuleList(layer for name, layer in layers.items() if name.startswith("cross."))
         self.top = nn.ModuleList(layer for name, layer in layers.items() if name.startswith("top."))
         self.register_buffer(CONSTANT, extras[CONSTANT].to(device) if CONSTANT in extras else None)
-        self.interaction = DotInteraction(1 + sparse, device) if config.architecture == "dlrm" else None
+        vectors = 1 + sum(map(len, places))
+        self.interaction = DotInteraction(vectors, device) if config.architecture == "dlrm" else None
+
+    @property
+    def layers(self) -> dict[str, nn.Module]:
+        """Every layer by its name, in the order in which they run."""
+        decoders = [] if self.hashed is None else [layer for each in self.hashed.decoders for layer in each]
+        return dict(zip(self.names, [*decoders, *self.bottom, *self.cross, *self.top], strict=True))
 
     def forward(self, dense: Tensor, ids: Tensor, offsets: Tensor, tap: Tap | None = None) -> Tensor:
         """Logits float32 [B].
@@ -120,14 +204,12 @@ class Scorer(nn.Module):
             offsets: int64 [F * B + 1]; bag f * B + b is feature f of row b.
             tap: called with every part's name, what a layer took in (None of other parts) and what came out.
         """
-        pooled = self.lookup(ids, offsets)
-        if tap:
-            tap("tables", None, pooled)
+        pooled = self._pooled(dense.shape[0], ids, offsets, tap)
         if self.constant is None:
             vector = _through(self.bottom, "bottom", dense, tap)
         else:
             vector = self.constant.expand(dense.shape[0], -1)
-        both = torch.cat((vector, pooled), 1)
+        both = torch.cat((vector, *pooled), 1)
         mixed = self._crossed(both, tap) if self.interaction is None else self.interaction.mix(vector, both)
         if tap:
             tap("interaction", None, mixed)
@@ -136,14 +218,28 @@ class Scorer(nn.Module):
             tap("logits", None, logits)
         return logits
 
+    def _pooled(self, rows: int, ids: Tensor, offsets: Tensor, tap: Tap | None) -> list[Tensor]:
+        """Pooled vectors: of the tables [B, Ft * D], of the deep hash embeddings [B, H * D]."""
+        pooled = []
+        if self.lookup is not None:
+            pooled.append(self.lookup(*self.table_bags(ids, offsets, rows)))
+            if tap:
+                tap(TABLES, None, pooled[-1])
+        if self.hashed is not None:
+            pooled.append(self.hashed(*self.hashed_bags(ids, offsets, rows), rows, tap))
+            if tap:
+                tap(HASHED, None, pooled[-1])
+        return pooled
+
     def stages(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> list[tuple[str, Tensor]]:
-        """What every part puts out, in order: ``tables`` [B, F * D], layers, ``interaction``, ``logits``."""
+        """What every part puts out, in order: ``tables`` [B, Ft * D], decoder layers [U, out] of a feature's
+        distinct ids, ``hashed`` [B, H * D], the other layers [B, out], ``interaction``, ``logits``."""
         found: list[tuple[str, Tensor]] = []
         self(dense, ids, offsets, lambda name, _, out: found.append((name, out)))
         return found
 
     def layer_inputs(self, dense: Tensor, ids: Tensor, offsets: Tensor) -> list[tuple[str, Tensor]]:
-        """What every layer takes in [B, in], by the layer's name, in order."""
+        """What every layer takes in, [B, in] or [U, in], by the layer's name, in order."""
         found: list[tuple[str, Tensor | None]] = []
         self(dense, ids, offsets, lambda name, taken, _: found.append((name, taken)))
         return [(name, taken) for name, taken in found if taken is not None]

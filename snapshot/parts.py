@@ -1,10 +1,12 @@
 """A trained model in float32, with only those table rows that some held-out rows look up.
 
+A deep hash embedding has no rows, so its decoder is kept whole and told which ids the few stand for.
 Everything that a search, a verification or the debugger asks is answered on these few rows, so that no
 table needs to stay in memory whole: quantisation works row by row, hence a row of a part of a table is
 quantised as in the whole one.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -15,9 +17,11 @@ from torch import Tensor, nn
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema
 from tightrec.models.config import ModelConfig, table_name
+from tightrec.models.representation import with_dhe, with_table
+from tightrec.snapshot.hashed import HashedLookup
 from tightrec.snapshot.layers import StoredLayer, layer_bytes, make_layer, store_layer
 from tightrec.snapshot.lookup import Lookup, TableShape
-from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs
+from tightrec.snapshot.model import LayerSpec, Scorer, extra_keys, layer_specs, places_of
 from tightrec.snapshot.packed import pack, row_bytes
 from tightrec.snapshot.precision import Plan
 from tightrec.snapshot.rows import replay
@@ -65,16 +69,22 @@ class Parts:
     """Its features, in order."""
 
     tables: dict[str, Tensor]
-    """float32 [rows looked up, D], by table's name, in the order of the features."""
+    """float32 [rows looked up, D], by table's name, in the order of the features that have one."""
 
     ids: dict[str, np.ndarray]
-    """The ids that these rows have in the whole table, ascending."""
+    """The ids that are looked up, ascending, by :func:`table_name` of every feature, even of one without a
+    table: those of the rows in ``tables``."""
 
     layers: dict[str, Layer]
     """By name, in the order in which they run."""
 
     extras: dict[str, Tensor]
     """See :func:`tightrec.snapshot.model.extra_keys`."""
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """Name and cardinality of the sparse features, in order."""
+        return columns_of(self.schema)
 
     @property
     def exact(self) -> Plan:
@@ -88,7 +98,7 @@ class Parts:
             layer = self.layers[name]
             outputs, inputs = layer.weight.shape
             return layer_bytes(kind, outputs, inputs, layer.bias is not None)
-        rows = dict(zip(self.tables, (column.cardinality for column in self.schema.sparse), strict=True))
+        rows = {table_name(feature): cardinality for feature, cardinality in self.columns}
         return rows[name] * row_bytes(kind, self.config.embedding_dim)
 
     def bytes(self, types: Mapping[str, str]) -> int:
@@ -102,15 +112,17 @@ class Parts:
         return self.bytes(types | {f"layer:{name}": kind for name, kind in plan.layers.items()})
 
     def narrowed(self, columns: Columns) -> Columns:
-        """The same rows with ids that count within ``tables``; the ids must be among ``ids``."""
+        """The same rows with ids that count within ``ids``, among which they must be."""
         sparse = tuple(
             Bags(np.searchsorted(known, bags.ids).astype(np.int64), bags.offsets)
             for known, bags in zip(self.ids.values(), columns.sparse, strict=True)
         )
         return replace(columns, sparse=sparse)
 
-    def lookup(self, tables: Mapping[str, str], row_search: str) -> Lookup:
-        """The operator over the part of each of ``tables`` (types by name), in that order."""
+    def lookup(self, tables: Mapping[str, str], row_search: str) -> Lookup | None:
+        """The operator over the part of each of ``tables`` (types by name), in that order; None: of none."""
+        if not tables:
+            return None
         dim = self.config.embedding_dim
         shapes = [
             TableShape(name=name, kind=kind, rows=len(self.tables[name]), dim=dim)
@@ -127,6 +139,12 @@ class Parts:
         stored = self.layers[name].stored(kind, activation)
         return make_layer(stored, relu=spec.relu, device=CPU, nonnegative=spec.nonnegative)
 
+    def hashed(self, layers: Mapping[str, nn.Module], features: Sequence[str]) -> HashedLookup | None:
+        """The deep hash embeddings of ``features`` on decoder ``layers`` by name; None: of none."""
+        chosen = [column for column in self.columns if column[0] in features]
+        known = [torch.from_numpy(self.ids[table_name(feature)]) for feature, _ in chosen]
+        return HashedLookup(chosen, self.config, layers, CPU, known) if chosen else None
+
     def scorer(self, plan: Plan, ranges: Mapping[str, tuple[float, float]] | None = None) -> Scorer:
         """The model at the types of ``plan``.
 
@@ -134,14 +152,22 @@ class Parts:
             ranges: of int8 layers' inputs by layer's name; a layer that is not in it has dynamic ones.
         """
         ranges = ranges or {}
+        layers = {name: self.layer(name, plan.layers[name], ranges.get(name)) for name in self.layers}
         return Scorer(
             self.config,
-            len(self.tables),
+            len(self.columns),
             self.lookup({name: plan.tables[name] for name in self.tables}, plan.row_search),
-            {name: self.layer(name, plan.layers[name], ranges.get(name)) for name in self.layers},
+            layers,
             self.extras,
             CPU,
+            hashed=self.hashed(layers, with_dhe(self.columns, self.config.representation)),
+            places=places_of(self.columns, self.config),
         )
+
+
+def columns_of(schema: Schema) -> list[tuple[str, int]]:
+    """Name and cardinality of the sparse features, in order."""
+    return [(column.name, column.cardinality) for column in schema.sparse]
 
 
 def pack_table(name: str, rows: Tensor, kind: str, row_search: str) -> Tensor:
@@ -167,13 +193,17 @@ def read_parts(checkpoint: Checkpoint, rows: Sequence[Columns]) -> Parts:
         table_name(column.name): _distinct([part.sparse[place].ids for part in rows])
         for place, column in enumerate(schema.sparse)
     }
-    specs = layer_specs(checkpoint.model, len(schema.dense))
+    columns = columns_of(schema)
+    specs = layer_specs(checkpoint.model, len(schema.dense), columns)
+    # Decoders of all features stand in one parameter: it is read once.
+    read = functools.cache(checkpoint.parameter)
+    tables = [table_name(feature) for feature in with_table(columns, checkpoint.model.representation)]
     return Parts(
         config=checkpoint.model,
         schema=schema,
-        tables={name: checkpoint.table(name)[torch.from_numpy(kept)] for name, kept in ids.items()},
+        tables={name: checkpoint.table(name)[torch.from_numpy(ids[name])] for name in tables},
         ids=ids,
-        layers={spec.name: _layer(checkpoint, spec) for spec in specs},
+        layers={spec.name: _layer(read, spec) for spec in specs},
         extras={name: checkpoint.parameter(key) for name, key in extra_keys(len(schema.dense)).items()},
     )
 
@@ -182,9 +212,11 @@ def _distinct(parts: Sequence[np.ndarray]) -> np.ndarray:
     return np.unique(np.concatenate(parts)) if parts else np.empty(0, np.int64)
 
 
-def _layer(checkpoint: Checkpoint, spec: LayerSpec) -> Layer:
-    bias = checkpoint.parameter(spec.bias) if spec.bias else None
-    return Layer(spec=spec, weight=checkpoint.parameter(spec.weight), bias=bias)
+def _layer(read: Callable[[str], Tensor], spec: LayerSpec) -> Layer:
+    weight, bias = read(spec.weight), read(spec.bias) if spec.bias else None
+    if spec.place is not None:
+        weight, bias = weight[spec.place], None if bias is None else bias[spec.place]
+    return Layer(spec=spec, weight=weight, bias=bias)
 
 
 def logits_of(scorer: Run, columns: Columns, batch_size: int) -> Tensor:

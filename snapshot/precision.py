@@ -14,7 +14,7 @@ ROW_SEARCHES = ("min_max", "greedy")
 RANGE_METHODS = ("mixed", "dynamic", "min_max", "percentile", "l2", "kl")
 """How the range of an int8 layer's input is found: of each row (``dynamic``), or once from held-out rows by
 their extremes, 99.99 % of them, the least squared error or the least divergence. ``mixed``: ``l2`` behind
-a ReLU, ``dynamic`` elsewhere."""
+a ReLU and in decoders, ``dynamic`` elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,4 +41,4 @@ class Plan:
 
 def _counted(types: dict[str, str], known: tuple[str, ...]) -> str:
     kinds = list(types.values())
-    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in reversed(known) if kind in kinds)
+    return ", ".join(f"{kinds.count(kind)} {kind}" for kind in reversed(known) if kind in kinds) or "none"

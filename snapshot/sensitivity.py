@@ -1,8 +1,10 @@
 """What the types of tables and layers cost in NE, alone and together, on held-out rows.
 
-A part is ``table:NAME`` or ``layer:NAME``. Shapes: n rows, F sparse features, D embedding dim.
+A part is ``table:NAME`` or ``layer:NAME``. Shapes: n rows, D embedding dim, V pooled vectors a row: of the
+tables, then of the deep hash embeddings.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +12,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from tightrec.formats.columns import Columns
+from tightrec.models.config import table_name
+from tightrec.models.representation import with_dhe, with_table
 from tightrec.snapshot.calibrate import Ranges
+from tightrec.snapshot.hashed import decoder_layers
 from tightrec.snapshot.lookup import Lookup
 from tightrec.snapshot.model import Scorer
 from tightrec.snapshot.parts import CPU, Parts
@@ -80,8 +85,9 @@ class Bench:
     """Scores the same rows at one mixture of types after the other.
 
     A mixture's scores are bit for bit those of ``parts.scorer(...)`` on batches of the same size. Kept are
-    the pooled embeddings float32 [n, F * D] of the last mixture, of which the next one replaces the tables
-    that differ, and each table in the types that were asked for, together about twice its float32 size.
+    the pooled vectors float32 [n, V * D] of the last mixture, of which the next one replaces those of tables
+    and decoders that differ, and each table in the types that were asked for, together about twice its
+    float32 size.
 
     Args:
         columns: rows with ids that count within ``parts.tables``.
@@ -114,12 +120,18 @@ class Bench:
                 "labels: give search_split=NAME or more search_rows."
             )
         n = len(columns)
-        bounds = [rows.offsets[place * n : (place + 1) * n + 1] for place in range(len(parts.tables))]
-        self._bags = [(rows.ids[ends[0] : ends[-1]], ends - ends[0]) for ends in bounds]
+        bounds = [rows.offsets[place * n : (place + 1) * n + 1] for place in range(len(parts.columns))]
+        self._bags = {
+            name: (rows.ids[ends[0] : ends[-1]], ends - ends[0])
+            for (name, _), ends in zip(parts.columns, bounds, strict=True)
+        }
+        shape = parts.config.representation
+        self._with_table, self._with_dhe = with_table(parts.columns, shape), with_dhe(parts.columns, shape)
         self._lookups: dict[tuple[str, str], Lookup] = {} if like is None else like._lookups
         self._layers: dict[tuple[str, str], nn.Module] = {} if like is None else like._layers
-        self._pooled = torch.empty(len(columns), len(parts.tables) * parts.config.embedding_dim)
-        self._held: Types = {}
+        self._vectors = len(self._with_table) + len(self._with_dhe)
+        self._pooled = torch.empty(n, self._vectors * parts.config.embedding_dim)
+        self._held: dict[int, tuple[str, ...]] = {}
         self.exact: Types = {
             **{f"table:{name}": EXACT for name in parts.tables},
             **{f"layer:{name}": EXACT for name in parts.layers},
@@ -176,22 +188,42 @@ class Bench:
 
     @torch.inference_mode()
     def _logits(self, types: Types) -> Tensor:
-        parts, dim = self.parts, self.parts.config.embedding_dim
+        parts = self.parts
         layers = {name: self._layer(name, types[f"layer:{name}"]) for name in parts.layers}
-        for place, name in enumerate(parts.tables):
+        for place, feature in enumerate(self._with_table):
+            name = table_name(feature)
             kind = types[f"table:{name}"]
-            if self._held.get(name) != kind:
-                pooled = self._lookup(name, kind)(*self._bags[place])
-                self._pooled[:, place * dim : (place + 1) * dim] = pooled
-                self._held[name] = kind
-        scorer = Scorer(parts.config, len(parts.tables), _Pooled(), layers, parts.extras, CPU)
+            if self._held.get(place) != (kind,):
+                self._columns(place).copy_(self._lookup(name, kind)(*self._bags[feature]))
+                self._held[place] = (kind,)
+        for place, feature in enumerate(self._with_dhe, start=len(self._with_table)):
+            kinds = tuple(types[f"layer:{name}"] for name in decoder_layers(feature, parts.config))
+            if self._held.get(place) != kinds:
+                self._decode(feature, layers, self._columns(place))
+                self._held[place] = kinds
+        scorer = Scorer(parts.config, self._vectors, _Pooled(), layers, parts.extras, CPU)
         nothing = torch.empty(0, dtype=torch.int64)
         batches = zip(self._dense.split(self._batch_size), self._pooled.split(self._batch_size), strict=True)
         return torch.cat([scorer(dense, pooled, nothing) for dense, pooled in batches])
 
+    def _columns(self, place: int) -> Tensor:
+        dim = self.parts.config.embedding_dim
+        return self._pooled[:, place * dim : (place + 1) * dim]
+
+    def _decode(self, feature: str, layers: Mapping[str, nn.Module], out: Tensor) -> None:
+        """Pooled deep hash embeddings of a feature, batch by batch: distinct ids are those of a batch."""
+        hashed = self.parts.hashed(layers, [feature])
+        assert hashed is not None
+        ids, offsets = self._bags[feature]
+        for rows in torch.arange(len(out)).split(self._batch_size):
+            ends = offsets[int(rows[0]) : int(rows[-1]) + 2]
+            out[rows] = hashed(ids[ends[0] : ends[-1]], ends - ends[0], len(rows))
+
     def _lookup(self, name: str, kind: str) -> Lookup:
         if (name, kind) not in self._lookups:
-            self._lookups[name, kind] = self.parts.lookup({name: kind}, self.row_search)
+            lookup = self.parts.lookup({name: kind}, self.row_search)
+            assert lookup is not None
+            self._lookups[name, kind] = lookup
         return self._lookups[name, kind]
 
     def _layer(self, name: str, kind: str) -> nn.Module:

@@ -11,7 +11,8 @@ Nothing here joins a process group. Legend: R rows of a table, D embedding dim.
 import difflib
 import hashlib
 import io
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -23,9 +24,11 @@ from torch.distributed.checkpoint.metadata import MetadataIndex, TensorStorageMe
 
 from tightrec.formats import checkpoint_files as files
 from tightrec.formats.run_folder import CHECKPOINTS
-from tightrec.formats.schema import SCHEMA_FILE, Schema, SparseColumn
+from tightrec.formats.schema import SCHEMA_FILE, Schema
 from tightrec.formats.settings import from_mapping
 from tightrec.models.config import ModelConfig, table_name
+from tightrec.models.representation import with_dhe, with_table
+from tightrec.snapshot.model import DECODER_KEYS
 
 _MODEL = "model.model."
 """What stands before the names of the DLRM's state dict: it is the member ``model`` of the task, and the task
@@ -148,7 +151,7 @@ def open_checkpoint(path: Path | str) -> Checkpoint:
         data=_data(extra["data"], found),
         metadata=metadata,
     )
-    _require_tables(checkpoint)
+    _require_shapes(checkpoint)
     return checkpoint
 
 
@@ -197,22 +200,38 @@ def _data(named: str | None, path: Path) -> str | None:
     return str(beside if (beside / SCHEMA_FILE).is_file() else Path(named))
 
 
-def _require_tables(checkpoint: Checkpoint) -> None:
-    """Compare the tables' shapes with the columns."""
-    for column in checkpoint.schema.sparse:
-        wanted = (column.cardinality, checkpoint.model.embedding_dim)
-        entry = checkpoint.metadata.state_dict_metadata.get(_key_of_table(column))
+def _require_shapes(checkpoint: Checkpoint) -> None:
+    """Compare the shapes of tables and decoders with the columns.
+
+    Raises:
+        ValueError: also where the model's representation names a feature that is not there.
+    """
+    for key, named, wanted in _shapes(checkpoint):
+        entry = checkpoint.metadata.state_dict_metadata.get(_MODEL + key)
         found = tuple(entry.size) if isinstance(entry, TensorStorageMetadata) else None
         if found != wanted:
             held = "none" if found is None else found
             raise ValueError(
-                f"The checkpoint {checkpoint.path} describes a table {table_name(column.name)} of shape "
-                f"{wanted}, but holds {held}. It is not one of the trainer's; save it again."
+                f"The checkpoint {checkpoint.path} describes a {named} of shape {wanted}, but holds {held}. "
+                "It is not one of the trainer's; save it again."
             )
 
 
-def _key_of_table(column: SparseColumn) -> str:
-    return f"{_MODEL}{_TABLES}{table_name(column.name)}.weight"
+def _shapes(checkpoint: Checkpoint) -> Iterator[tuple[str, str, tuple[int, ...]]]:
+    """Key, name in words and shape of every parameter that depends on the columns."""
+    model = checkpoint.model
+    columns = [(column.name, column.cardinality) for column in checkpoint.schema.sparse]
+    tables = with_table(columns, model.representation)
+    for name, cardinality in columns:
+        if name in tables:
+            table = table_name(name)
+            yield f"{_TABLES}{table}.weight", f"table {table}", (cardinality, model.embedding_dim)
+    hashed = len(with_dhe(columns, model.representation))
+    widths = (model.representation.hashes, *model.representation.decoder, model.embedding_dim)
+    for place, (inputs, outputs) in enumerate(itertools.pairwise(widths) if hashed else ()):
+        for part, shape in (("weights", (hashed, outputs, inputs)), ("biases", (hashed, outputs))):
+            key = f"{DECODER_KEYS}.{part}.{place}"
+            yield key, f"tensor {key}", shape
 
 
 class _Part(io.RawIOBase):

@@ -1,14 +1,16 @@
 """A small snapshot from random weights, written as the exporter writes one."""
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, RepresentationConfig
+from tightrec.models.representation import Cardinalities, with_table
 from tightrec.snapshot.layers import store_layer
-from tightrec.snapshot.model import CONSTANT, layer_specs
+from tightrec.snapshot.model import CONSTANT, layer_specs, places_of
 from tightrec.snapshot.monitor import score_histogram
 from tightrec.snapshot.packed import pack
 from tightrec.snapshot.precision import Plan
@@ -29,14 +31,21 @@ def config_of(dim: int, architecture: str, pooling: str) -> ModelConfig:
     )
 
 
-def layer_shapes(config: ModelConfig, dense: int, sparse: int) -> dict[str, tuple[int, int]]:
-    """[out, in] of every dense layer, by name, in order."""
+def layer_shapes(
+    config: ModelConfig, dense: int, sparse: int, columns: Cardinalities = ()
+) -> dict[str, tuple[int, int]]:
+    """[out, in] of every dense layer, by name, in order; ``columns`` is left out where all have tables."""
     dim, vectors = config.embedding_dim, 1 + sparse
+    if columns:
+        vectors = 1 + sum(map(len, places_of(columns, config)))
     shapes = {}
     width = vectors * dim
-    for spec in layer_specs(config, dense):
+    for spec in layer_specs(config, dense, columns):
         part, *rest = spec.name.split(".")
-        if part == "bottom":
+        if part == "dhe":
+            widths = [config.representation.hashes, *config.representation.decoder, dim]
+            shapes[spec.name] = list(itertools.pairwise(widths))[int(rest[-1])][::-1]
+        elif part == "bottom":
             widths = [dense, *config.bottom_layers, dim]
             shapes[spec.name] = (widths[int(rest[0]) + 1], widths[int(rest[0])])
         elif part == "cross":
@@ -59,12 +68,16 @@ def make_snapshot(
     architecture: str = "dlrm",
     multi_hot: Sequence[str] = (),
     pooling: str = "sum",
+    representation: RepresentationConfig | None = None,
+    names: Sequence[str] = (),
     seed: int = 0,
 ) -> Path:
     """Write a snapshot with features ``f0``, ... and dense columns ``d0``, ... into ``folder``.
 
     Args:
         plan: None: tables and layers int8.
+        representation: None: tables.
+        names: of the features, if not ``f0``, ...
         multi_hot: names of the features that the manifest says held lists.
     """
     generator = torch.Generator().manual_seed(seed)
@@ -73,16 +86,21 @@ def make_snapshot(
         return torch.randn(*shape, generator=generator) * shape[-1] ** -0.5
 
     config = config_of(dim, architecture, pooling)
-    shapes = layer_shapes(config, dense, len(cardinalities))
-    features = [f"f{i}" for i in range(len(cardinalities))]
-    plan = plan or Plan(tables={f"t_{f}": "int8" for f in features}, layers=dict.fromkeys(shapes, "int8"))
+    config = replace(config, representation=representation or config.representation)
+    features = list(names) or [f"f{i}" for i in range(len(cardinalities))]
+    columns = list(zip(features, cardinalities, strict=True))
+    shapes = layer_shapes(config, dense, len(cardinalities), columns)
+    tabled = with_table(columns, config.representation)
+    plan = plan or Plan(tables={f"t_{f}": "int8" for f in tabled}, layers=dict.fromkeys(shapes, "int8"))
     writer = SnapshotWriter(folder)
-    for feature, rows in zip(features, cardinalities, strict=True):
+    for feature, rows in columns:
+        if feature not in tabled:
+            continue
         kind = plan.tables[f"t_{feature}"]
         table = 0.5 * torch.randn(rows, dim, generator=generator)
         writer.write_table(f"t_{feature}", kind, dim, pack(table, kind, plan.row_search))
     layers = {}
-    for spec in layer_specs(config, dense):
+    for spec in layer_specs(config, dense, columns):
         shape = shapes[spec.name]
         activation = None if plan.ranges == "dynamic" or plan.layers[spec.name] != "int8" else (-4.0, 4.0)
         bias = random(shape[0]) if spec.bias else None
@@ -96,10 +114,7 @@ def make_snapshot(
         model=config,
         features={
             "dense": [f"d{i}" for i in range(dense)],
-            "sparse": [
-                {"name": f, "cardinality": rows, "multi_hot": f in multi_hot}
-                for f, rows in zip(features, cardinalities, strict=True)
-            ],
+            "sparse": [{"name": f, "cardinality": rows, "multi_hot": f in multi_hot} for f, rows in columns],
         },
         plan=asdict(plan),
         score_histogram=score_histogram(scores, labels),

@@ -14,8 +14,9 @@ from torch import nn
 
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema, SparseColumn
-from tightrec.models.config import ModelConfig
+from tightrec.models.config import ModelConfig, RepresentationConfig
 from tightrec.models.dlrm import DLRM, build_tables
+from tightrec.models.hashed_arch import build_hashed
 from tightrec.snapshot import export, store
 from tightrec.snapshot.manifest import SnapshotManifest
 from tightrec.snapshot.watch import WatchConfig, watch
@@ -56,25 +57,49 @@ class Rows:
         )
 
 
-def save(run: Path, step: int, *, keep: int = 3, broken: bool = False, seed: int | None = None) -> Path:
+def model_of(seed: int, config: ModelConfig) -> DLRM:
+    """A model for such rows with random weights."""
+    schema = Rows(0).schema
+    columns = [(column.name, column.cardinality) for column in schema.sparse]
+    torch.manual_seed(seed)
+    tables = build_tables(columns, config, CPU)
+    return DLRM(tables, len(schema.dense), config, CPU, hashed=build_hashed(columns, config, CPU))
+
+
+def represented(kind: str, **settings: Any) -> ModelConfig:
+    """``CONFIG`` with another representation, of small decoders."""
+    small = {"hashes": 16, "buckets": 97, "decoder": (7,), **settings}
+    return dataclasses.replace(CONFIG, representation=RepresentationConfig(kind=kind, **small))  # type: ignore[arg-type]
+
+
+def save(
+    run: Path,
+    step: int,
+    *,
+    keep: int = 3,
+    broken: bool = False,
+    seed: int | None = None,
+    config: ModelConfig | None = None,
+) -> Path:
     """Add the checkpoint of ``step`` to the run's folder ``run``; returns its path.
 
     Args:
         keep: complete checkpoints that stay.
         broken: the model holds a value that is not a number.
         seed: of its weights; None: ``step``.
+        config: of the model; None: ``CONFIG``.
     """
+    config = config or CONFIG
+    model = model_of(step if seed is None else seed, config)
     splits = {"valid": Rows(1), "test": Rows(2)}
     data = held_out(splits, None, run)  # type: ignore[arg-type]
     schema = splits["valid"].schema
-    torch.manual_seed(step if seed is None else seed)
-    tables = build_tables([(c.name, c.cardinality) for c in schema.sparse], CONFIG, CPU)
     holder = nn.Module()
-    holder.task = ClickTask(DLRM(tables, len(schema.dense), CONFIG, CPU))
+    holder.task = ClickTask(model)
     if broken:
-        next(holder.task.model.over_arch.parameters()).data[0] = float("nan")
+        next(model.over_arch.parameters()).data[0] = float("nan")
     saver = Checkpointer(run / "checkpoints", CheckpointConfig(keep=keep))
-    about = {"step": step, **description(CONFIG, schema, data)}
+    about = {"step": step, **description(config, schema, data)}
     saver.save(step, {"model": holder.task}, about, wait=True)
     return run / "checkpoints" / f"step-{step:08d}"
 

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from snapshot_made import layer_shapes, make_snapshot
 
+from tightrec.models.config import RepresentationConfig
 from tightrec.snapshot import load
 from tightrec.snapshot.precision import Plan
 from tightrec.snapshot.store import read_manifest
@@ -50,7 +52,10 @@ assert not any(name.split(".")[0] == "torchrec" for name in sys.modules)
 """
 
 
-def test_loading_needs_torch_fbgemm_numpy_and_safetensors_only(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["table", "dhe", "hybrid"])
+def test_loading_needs_torch_fbgemm_numpy_and_safetensors_only(tmp_path: Path, kind: Any) -> None:
+    small = RepresentationConfig(kind=kind, hashes=8, decoder=(4,))
+    folder = make_snapshot(tmp_path / "a", representation=small)
     words = [sys.executable, "-c", ALONE, str(folder)]
     run = subprocess.run(words, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr

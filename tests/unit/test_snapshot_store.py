@@ -289,7 +289,10 @@ def damages() -> dict[str, tuple[Callable[[Path], Any], str]]:
         "binary manifest": (lambda f: (f / MANIFEST).write_bytes(b"\xff\xfe\x00"), "cannot be read"),
         "a list": (text("[1]"), "manifest.json is not a snapshot's"),
         "a checkpoint's": (text('{"format_version": 1, "files": {}}'), "manifest.json is not a snapshot's"),
-        "version 99": (manifest(lambda v: v.update(format_version=99)), "format version 99, and 1 is known"),
+        "version 99": (
+            manifest(lambda v: v.update(format_version=99)),
+            "format version 99, and 1 to 2 are known",
+        ),
         "altered": (
             lambda f: (f / MANIFEST).write_text(
                 (f / MANIFEST).read_text().replace('"step": 1,', '"step": 2,')
