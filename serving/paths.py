@@ -30,6 +30,11 @@ CacheLevels = Literal["none", "encoder", "decoder", "both"]
 
 CACHE_LEVELS: tuple[CacheLevels, ...] = get_args(CacheLevels)
 
+CacheSpace = Literal["encoder", "decoded"]
+"""What the decoder level clusters: encoder outputs, as in MP-Rec, or the decoder's results."""
+
+CACHE_SPACES: tuple[CacheSpace, ...] = get_args(CacheSpace)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Profile:
@@ -80,14 +85,25 @@ class CacheConfig:
     centroids: int = 256
     """A feature, decoder level."""
 
-    space: Literal["encoder", "decoded"] = "decoded"
-    """What is clustered: encoder outputs, as in MP-Rec, or the decoder's results."""
+    space: CacheSpace = "decoded"
+    """What is clustered."""
+
+    pieces: int = 8
+    """With ``space="decoded"``: of a vector, clustered each on its own (product quantisation), as far as it
+    can be cut into so many; a byte or two an id and piece. 1: plain k-means."""
 
     def __post_init__(self) -> None:
+        if self.levels not in CACHE_LEVELS or self.space not in CACHE_SPACES:
+            raise ValueError(
+                f"cache levels={self.levels!r} space={self.space!r} must be one of {', '.join(CACHE_LEVELS)} "
+                f"and one of {', '.join(CACHE_SPACES)}."
+            )
         if not self.memory_mb > 0 or not math.isfinite(self.memory_mb):
             raise ValueError(f"cache memory_mb={self.memory_mb} must be a finite number above 0.")
         if self.centroids < 1:
             raise ValueError(f"cache centroids={self.centroids} must be at least 1.")
+        if self.pieces < 1:
+            raise ValueError(f"cache pieces={self.pieces} must be at least 1.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +141,7 @@ class ServingPath:
     """SHA-256 of the snapshot's manifest.json when it was measured; its caches hold for no other."""
 
     representation: str
-    """``table``, ``dhe``, ``hybrid``, ``mixed`` (features differ)."""
+    """``table``, ``dhe``, ``hybrid``, ``select``, ``mixed`` (features differ)."""
 
     precision: str
     """Its plan in a word or two, such as ``int8`` or ``int4+int8``."""
@@ -146,13 +162,19 @@ class ServingPath:
     """On the same rows; less is better."""
 
     memory_bytes: int
-    """Resident memory that the path adds to a worker."""
+    """Resident memory that the path adds to a worker, its caches included."""
 
     profile: Profile
     """Its latency."""
 
     cache: CacheConfig = CacheConfig()
     """Caches of its deep-hash embeddings."""
+
+    cache_bytes: int = 0
+    """Memory of these caches; the rest is shared with other paths of the snapshot in the same worker."""
+
+    cache_file: str | None = None
+    """What its caches start with, absolute or relative to the file of paths; None: they are built anew."""
 
     notes: dict[str, Any] = field(default_factory=dict)
     """Anything else that was measured, such as hit rates and what each cache level costs in accuracy."""
@@ -268,6 +290,8 @@ def _path(values: Mapping[str, Any], folder: Path) -> ServingPath:
     found = dict(values)
     profile = {name: tuple(numbers) for name, numbers in found.pop("profile").items()}
     found["snapshot"] = str((folder / found["snapshot"]).absolute())
+    if found.get("cache_file") is not None:
+        found["cache_file"] = str((folder / found["cache_file"]).absolute())
     cache = CacheConfig(**found.pop("cache", {}))
     return ServingPath(profile=Profile(**profile), cache=cache, **found)
 

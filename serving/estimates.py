@@ -1,0 +1,137 @@
+"""How long a batch will take on a path: its measured profile, corrected by what was observed since."""
+
+import bisect
+from collections.abc import Callable
+
+from tightrec.serving.paths import Profile, ServingPath
+
+OBSERVED_WEIGHT = 0.1
+"""Of the newest batch in the running means."""
+
+CLIP = 4.0
+"""One batch counts as at most this many times slower or faster than the running mean says."""
+
+FORGET_S = 3.0
+"""Seconds without an observation that halve a correction: a path that looked too slow is tried again."""
+
+MARGIN = 2.0
+"""Mean absolute deviations that are planned on top of the mean, so that most batches end in time."""
+
+NORMAL_P99 = 2.3263478740408408
+"""Standard deviations from the median to the 99th percentile of a normal distribution."""
+
+Durations = Callable[[ServingPath, int, int], float]
+"""True seconds of a batch: (path, rows, number of the batch). Only a simulator knows them."""
+
+
+class Curve:
+    """A profile as a function that rises, and its inverse."""
+
+    def __init__(self, profile: Profile) -> None:
+        self._rows = profile.rows
+        seconds: list[float] = []
+        for ms in profile.latency_ms:
+            # A measured latency that falls with the rows is noise; the inverse needs a rising one.
+            seconds.append(max(ms / 1e3, seconds[-1] if seconds else 0.0))
+        self._seconds = tuple(seconds)
+
+    def seconds(self, rows: int) -> float:
+        """Expected duration of a batch of ``rows``, as :meth:`Profile.expected_ms` interpolates it."""
+        known, values = self._rows, self._seconds
+        place = bisect.bisect_left(known, rows)
+        if place == len(known):
+            return values[-1] * rows / known[-1]
+        if place == 0 or known[place] == rows:
+            return values[place]
+        before, after = known[place - 1], known[place]
+        low = values[place - 1]
+        return low + (rows - before) / (after - before) * (values[place] - low)
+
+    def rows_within(self, seconds: float) -> int:
+        """The most rows that take at most ``seconds``; 0: not even one row does."""
+        known, values = self._rows, self._seconds
+        place = bisect.bisect_right(values, seconds)
+        if place == 0:
+            return 0
+        if place == len(known):
+            return int(known[-1] * seconds / values[-1])
+        before, after = known[place - 1], known[place]
+        low, high = values[place - 1], values[place]
+        return before + int((seconds - low) / (high - low) * (after - before))
+
+
+class PathEstimate:
+    """Durations on one path: expected (the mean) and planned (with a margin for the tail).
+
+    The ratio of observed to profiled duration and its mean absolute deviation are exponentially weighted
+    running means, as TCP keeps them of its round trips (Jacobson 1988). A ratio that is no longer observed
+    decays towards 1: a path whose queries all seem late would otherwise never be tried again.
+    """
+
+    def __init__(self, path: ServingPath, quality: float, truth: Durations | None = None) -> None:
+        self.path = path
+        self.quality = quality
+        self.threads = path.threads
+        self.curve = Curve(path.profile)
+        self.mean = 1.0
+        self.deviation = _spread(path.profile)
+        self._truth = truth
+        self._number = 0
+        self._observed_at: float | None = None
+        self._start = self.deviation
+        self.expected_factor = 1.0
+        self.planned_factor = 1.0
+        self.refresh(0.0)
+
+    def refresh(self, now: float, number: int = 0) -> None:
+        """Bring the factors up to ``now``; ``number`` is that of the batch which starts next."""
+        self._number = number
+        if self._truth is not None:
+            return
+        mean, deviation = self._decayed(now)
+        self.expected_factor = mean
+        self.planned_factor = mean + MARGIN * deviation
+
+    def expected_s(self, rows: int) -> float:
+        """Mean duration of a batch of ``rows``."""
+        if self._truth is not None:
+            return self._truth(self.path, rows, self._number)
+        return self.curve.seconds(rows) * self.expected_factor
+
+    def planned_s(self, rows: int) -> float:
+        """Duration that most batches of ``rows`` do not exceed: what deadlines are checked with."""
+        if self._truth is not None:
+            return self._truth(self.path, rows, self._number)
+        return self.curve.seconds(rows) * self.planned_factor
+
+    def rows_within(self, seconds: float) -> int:
+        """The most rows whose planned duration is at most ``seconds``."""
+        if self._truth is not None:
+            ratio = self._truth(self.path, 1, self._number) / self.curve.seconds(1)
+            return self.curve.rows_within(seconds / ratio)
+        return self.curve.rows_within(seconds / self.planned_factor)
+
+    def observe(self, rows: int, took_s: float, now: float) -> None:
+        """A batch of ``rows`` took ``took_s`` seconds."""
+        mean, deviation = self._decayed(now)
+        ratio = min(max(took_s / self.curve.seconds(rows), mean / CLIP), mean * CLIP)
+        self.deviation = deviation + OBSERVED_WEIGHT * (abs(ratio - mean) - deviation)
+        self.mean = mean + OBSERVED_WEIGHT * (ratio - mean)
+        self._observed_at = now
+        self.refresh(now, self._number)
+
+    def _decayed(self, now: float) -> tuple[float, float]:
+        if self._observed_at is None:
+            return self.mean, self.deviation
+        keep = 0.5 ** (max(0.0, now - self._observed_at) / FORGET_S)
+        return 1.0 + (self.mean - 1.0) * keep, self._start + (self.deviation - self._start) * keep
+
+
+def _spread(profile: Profile) -> float:
+    """Mean absolute deviation of the duration over its median, from the 99th percentiles.
+
+    The median over the sizes; 0.8 deviations are one mean absolute deviation of a normal distribution.
+    """
+    pairs = zip(profile.tail_ms, profile.latency_ms, strict=True)
+    ratios = sorted(max(0.0, tail / median - 1.0) for tail, median in pairs)
+    return 0.8 * ratios[len(ratios) // 2] / NORMAL_P99
