@@ -27,12 +27,12 @@ from serving_transport import Setting, Transport, Way, transport
 
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
-from tightrec.serving.load import LoadConfig, arrivals
-from tightrec.serving.load_config import LoadClientConfig
+from tightrec.serving.load.arrivals import LoadConfig, arrivals
+from tightrec.serving.load.config import LoadClientConfig
 from tightrec.serving.outcomes import Outcome, summarise
 from tightrec.serving.paths import PathSet, ServingPath, read_paths
-from tightrec.serving.scheduler import Query
-from tightrec.serving.simulator import ProfileDurations, simulate
+from tightrec.serving.scheduling.scheduler import Query
+from tightrec.serving.scheduling.simulator import ProfileDurations, simulate
 
 GOAL = 0.15
 CALIBRATION_SEED = 1000

@@ -33,8 +33,8 @@ from tightrec.formats.usage import describe
 from tightrec.models.config import ModelConfig, RepresentationConfig
 from tightrec.models.dhe import Decoders
 from tightrec.models.scores import Scores, score
-from tightrec.serving.cache import Caches, Frequencies, attach, frequencies
-from tightrec.serving.centroids import build_clusters
+from tightrec.serving.caching.cache import Caches, Frequencies, attach, frequencies
+from tightrec.serving.caching.centroids import build_clusters
 from tightrec.serving.paths import CACHE_LEVELS, CacheConfig
 from tightrec.snapshot.hashed import HashedLookup, decoder_layer
 from tightrec.snapshot.layers import make_layer, store_layer

@@ -38,14 +38,14 @@ from serving_runs import (
 
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
-from tightrec.serving.load import LoadConfig, arrivals
-from tightrec.serving.load_client import metadata, offer
-from tightrec.serving.load_config import LoadClientConfig
-from tightrec.serving.load_rows import requests_of
-from tightrec.serving.open_loop import Driven
+from tightrec.serving.load.arrivals import LoadConfig, arrivals
+from tightrec.serving.load.client import metadata, offer
+from tightrec.serving.load.config import LoadClientConfig
+from tightrec.serving.load.open_loop import Driven
+from tightrec.serving.load.requests import InferRequests
+from tightrec.serving.load.rows import requests_of
 from tightrec.serving.outcomes import Outcome, percentile
 from tightrec.serving.paths import read_paths
-from tightrec.serving.requests import InferRequests
 
 RECOVERED, RECOVERY_S, MOST_RATIO, MOST_GROWTH = 1.5, 5.0, 1.10, 0.03
 SETTLED = 0.2

@@ -12,8 +12,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Self
 
-from tightrec.serving.load import LoadConfig
-from tightrec.serving.open_loop import Driven
+from tightrec.serving.load.arrivals import LoadConfig
+from tightrec.serving.load.open_loop import Driven
 from tightrec.serving.outcomes import Outcome, Summary, percentile, summarise
 from tightrec.serving.paths import PathSet, ServingPath
 

@@ -18,8 +18,8 @@ from pathlib import Path
 
 from tightrec.serving.outcomes import Summary
 from tightrec.serving.paths import PathSet, read_paths
-from tightrec.serving.simulate import devices_of, queries_of, run_policy
-from tightrec.serving.simulate_config import SimulateConfig
+from tightrec.serving.scheduling.simulate import devices_of, queries_of, run_policy
+from tightrec.serving.scheduling.simulate_config import SimulateConfig
 
 POLICIES = ("multi", "greedy", "fastest", "random", "oracle")
 

@@ -45,8 +45,8 @@ from serving_transport import Setting, Transport, Way, transport
 
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
-from tightrec.serving.load import LoadConfig
-from tightrec.serving.load_config import LoadClientConfig
+from tightrec.serving.load.arrivals import LoadConfig
+from tightrec.serving.load.config import LoadClientConfig
 from tightrec.serving.outcomes import Summary
 from tightrec.serving.paths import PathSet, read_paths
 

@@ -18,17 +18,17 @@ from serving_runs import Server
 
 from tightrec.formats.columns import Columns
 from tightrec.formats.schema import load_schema
-from tightrec.serving.dispatch import Dispatcher, Refused
-from tightrec.serving.load import LoadConfig, arrivals
-from tightrec.serving.load_client import metadata, offer, starts_of
-from tightrec.serving.load_config import LoadClientConfig
-from tightrec.serving.load_rows import requests_of
-from tightrec.serving.metrics import Metrics
-from tightrec.serving.open_loop import Driven, Reply, drive
+from tightrec.serving.load.arrivals import LoadConfig, arrivals
+from tightrec.serving.load.client import metadata, offer, starts_of
+from tightrec.serving.load.config import LoadClientConfig
+from tightrec.serving.load.open_loop import Driven, Reply, drive
+from tightrec.serving.load.requests import InferRequests
+from tightrec.serving.load.rows import requests_of
 from tightrec.serving.paths import PathSet, ServingPath, write_paths
-from tightrec.serving.requests import InferRequests
-from tightrec.serving.scheduler import Scheduler, SchedulerConfig
-from tightrec.serving.workers import WorkerFailed, WorkerPool
+from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.server.dispatch import Dispatcher, Refused
+from tightrec.serving.server.metrics import Metrics
+from tightrec.serving.workers.pool import WorkerFailed, WorkerPool
 from tightrec.snapshot.inputs import Batch as Rows
 from tightrec.snapshot.rows import feature_major, read_rows
 

@@ -37,10 +37,10 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "explore": Command("config:ExploreConfig", "explorer:explore"),
-    "serve": Command("server_config:ServeConfig", "serve:serve"),
-    "load": Command("load_config:LoadClientConfig", "load_client:load"),
-    "simulate": Command("simulate_config:SimulateConfig", "simulate:simulate_command"),
+    "explore": Command("explore.config:ExploreConfig", "explore.explorer:explore"),
+    "serve": Command("server.config:ServeConfig", "server.serve:serve"),
+    "load": Command("load.config:LoadClientConfig", "load.client:load"),
+    "simulate": Command("scheduling.simulate_config:SimulateConfig", "scheduling.simulate:simulate_command"),
 }
 """By name."""
 

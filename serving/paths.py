@@ -26,7 +26,7 @@ Quality = Literal["accuracy", "auc", "ne"]
 QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 CacheLevels = Literal["none", "encoder", "decoder", "both"]
-"""Which levels of MP-Cache (arXiv 2302.10872) a path has; see :mod:`tightrec.serving.cache`."""
+"""Which levels of MP-Cache (arXiv 2302.10872) a path has; see :mod:`tightrec.serving.caching.cache`."""
 
 CACHE_LEVELS: tuple[CacheLevels, ...] = get_args(CacheLevels)
 

@@ -4,8 +4,8 @@ import random
 from collections.abc import Iterable
 
 from tightrec.serving.paths import Device, PathSet, Profile, ServingPath
-from tightrec.serving.queues import Batch, Query
-from tightrec.serving.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.scheduling.queues import Batch, Query
+from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
 
 SIZES = (1, 16, 128, 512, 1024, 4096)
 

@@ -26,7 +26,7 @@ def violations(guard: Callable[[str, str], list[str]], folders: tuple[str, ...])
         ("models/a.py", "from tightrec import sharding"),
         ("models/a.py", "from ..trainer import settings"),
         ("trainer/a.py", "import tightrec.snapshot"),
-        ("trainer/data/a.py", "import importlib\nimportlib.import_module('tightrec.serving.cache')"),
+        ("trainer/data/a.py", "import importlib\nimportlib.import_module('tightrec.serving.caching.cache')"),
         ("snapshot/a.py", "from tightrec.trainer.loop import run"),
         ("snapshot/a.py", "from tightrec.serving import server"),
         ("serving/a.py", "from tightrec.trainer import loop"),

@@ -15,11 +15,11 @@ import serving_made
 
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema, SparseColumn
-from tightrec.serving.load import LoadConfig
-from tightrec.serving.open_loop import Driven
+from tightrec.serving.load.arrivals import LoadConfig
+from tightrec.serving.load.open_loop import Driven
+from tightrec.serving.load.requests import InferRequests
 from tightrec.serving.outcomes import Outcome, Summary
 from tightrec.serving.paths import PathSet
-from tightrec.serving.requests import InferRequests
 
 BENCHMARKS = guards.ROOT / "benchmarks"
 

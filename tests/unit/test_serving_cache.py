@@ -7,8 +7,8 @@ from cache_made import COLUMNS, DIM, all_vectors, bags, frequencies, made_hashed
 from torch import Tensor
 
 from tightrec.formats.columns import Bags, Columns
-from tightrec.serving import cache
-from tightrec.serving.cache import Caches, attach
+from tightrec.serving.caching import cache
+from tightrec.serving.caching.cache import Caches, attach
 from tightrec.serving.paths import CacheConfig
 from tightrec.snapshot.hashed import HashedLookup
 

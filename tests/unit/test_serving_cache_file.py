@@ -9,9 +9,9 @@ import pytest
 import torch
 from cache_made import frequencies, made_hashed
 
-from tightrec.serving import cache
-from tightrec.serving.cache import attach
-from tightrec.serving.cache_file import Unusable, read, write
+from tightrec.serving.caching import cache
+from tightrec.serving.caching.cache import attach
+from tightrec.serving.caching.cache_file import Unusable, read, write
 from tightrec.serving.paths import CacheConfig
 
 CONFIG = CacheConfig(levels="both", memory_mb=0.01, centroids=16, pieces=1)

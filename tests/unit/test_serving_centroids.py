@@ -4,7 +4,7 @@ import pytest
 import torch
 from cache_made import all_vectors, made_hashed, zipf_ids
 
-from tightrec.serving.centroids import (
+from tightrec.serving.caching.centroids import (
     Centroids,
     build_clusters,
     chosen_features,

@@ -9,13 +9,13 @@ import pytest
 from explored import hashed_snapshot, path, path_set, prepare
 from snapshot_made import make_snapshot
 
-from tightrec.serving import explorer
-from tightrec.serving.candidates import candidates, open_snapshots, read_held_out
-from tightrec.serving.config import ExploreConfig, parse_bytes
-from tightrec.serving.explore_table import WIDTH, table_lines
+from tightrec.serving.explore import explorer
+from tightrec.serving.explore.candidates import candidates, open_snapshots, read_held_out
+from tightrec.serving.explore.config import ExploreConfig, parse_bytes
+from tightrec.serving.explore.plot import plot_paths
+from tightrec.serving.explore.recorded import read_recorded
+from tightrec.serving.explore.table import WIDTH, table_lines
 from tightrec.serving.paths import Device, PathSet, read_paths, write_paths
-from tightrec.serving.plot import plot_paths
-from tightrec.serving.recorded import read_recorded
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import torch
 from cache_made import zipf_ids
 from torch import Tensor
 
-from tightrec.serving.hot_cache import WAYS, HotVectors
+from tightrec.serving.caching.hot_cache import WAYS, HotVectors
 
 CPU = torch.device("cpu")
 

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tightrec.serving.load import LoadConfig, arrivals, rate_at, size_shares
-from tightrec.serving.load_config import LoadClientConfig
-from tightrec.serving.load_summary import report_of, table
-from tightrec.serving.open_loop import Driven
+from tightrec.serving.load.arrivals import LoadConfig, arrivals, rate_at, size_shares
+from tightrec.serving.load.config import LoadClientConfig
+from tightrec.serving.load.open_loop import Driven
+from tightrec.serving.load.summary import report_of, table
 from tightrec.serving.outcomes import Outcome
 
 

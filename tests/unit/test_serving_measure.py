@@ -12,11 +12,11 @@ from explored import hashed_snapshot, path, prepare
 from snapshot_made import make_snapshot
 
 from tightrec.formats.columns import Bags, Columns
-from tightrec.serving.candidates import open_snapshots, read_held_out
-from tightrec.serving.config import ExploreConfig
-from tightrec.serving.measure import WARM_UP, Effort, RowStream, measure, time_batches
+from tightrec.serving.explore.candidates import open_snapshots, read_held_out
+from tightrec.serving.explore.config import ExploreConfig
+from tightrec.serving.explore.measure import WARM_UP, Effort, RowStream, measure, time_batches
+from tightrec.serving.explore.quality import Task, assess, count_ids
 from tightrec.serving.paths import CacheConfig
-from tightrec.serving.quality import Task, assess, count_ids
 from tightrec.snapshot import load
 
 EFFORT = Effort(rows=(1, 64), repeats=4, least_repeats=2, seconds=0.01)

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from tightrec.serving import open_loop
-from tightrec.serving.open_loop import Driven, Reply, drive
+from tightrec.serving.load import open_loop
+from tightrec.serving.load.open_loop import Driven, Reply, drive
 
 
 def test_sending_never_waits_for_answers() -> None:

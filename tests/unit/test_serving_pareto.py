@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 from explored import path
 
-from tightrec.serving.pareto import cost_a_row, fit_memory, keep, needed_bytes, pareto_front
+from tightrec.serving.explore.pareto import cost_a_row, fit_memory, keep, needed_bytes, pareto_front
 from tightrec.serving.paths import Device, Profile
 
 

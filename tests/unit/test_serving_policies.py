@@ -6,11 +6,11 @@ from collections.abc import Callable
 import pytest
 from serving_paths_made import Driven, made_cpu, made_path, poisson, usual_cpu, with_gpu
 
-from tightrec.serving.budget import Budget, Reach
 from tightrec.serving.outcomes import Summary
 from tightrec.serving.paths import PathSet
-from tightrec.serving.scheduler import Scheduler, SchedulerConfig
-from tightrec.serving.simulator import ProfileDurations, simulate
+from tightrec.serving.scheduling.budget import Budget, Reach
+from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.scheduling.simulator import ProfileDurations, simulate
 
 
 @pytest.mark.parametrize("policy", ["multi", "greedy"])

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tightrec.serving.protocol import HEADER_LENGTH, Protocol
-from tightrec.serving.tensors import RequestError
+from tightrec.serving.server.protocol import HEADER_LENGTH, Protocol
+from tightrec.serving.server.tensors import RequestError
 from tightrec.snapshot.manifest import Feature
 
 SPARSE = (

@@ -11,16 +11,16 @@ import tritonclient.http as triton
 
 from tightrec.formats.columns import Bags, Columns
 from tightrec.formats.schema import Schema, SparseColumn
-from tightrec.serving.load_client import reply_of
-from tightrec.serving.load_rows import require_inputs, told_schema
-from tightrec.serving.open_loop import Reply
-from tightrec.serving.requests import (
+from tightrec.serving.load.client import reply_of
+from tightrec.serving.load.open_loop import Reply
+from tightrec.serving.load.requests import (
     HEADER_LENGTH,
     InferRequests,
     parameters_of,
     read_answer,
     synthetic_columns,
 )
+from tightrec.serving.load.rows import require_inputs, told_schema
 
 TOLD = {"inputs": fake.INPUTS}
 

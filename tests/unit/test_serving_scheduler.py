@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from serving_paths_made import Driven, made_cpu, made_path, usual_cpu, with_gpu
 
 from tightrec.serving.paths import Device, PathSet
-from tightrec.serving.queues import Batch, Query, available
-from tightrec.serving.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.scheduling.queues import Batch, Query, available
+from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
 
 
 def one_path(slots: int = 1) -> PathSet:

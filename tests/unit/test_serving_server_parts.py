@@ -14,14 +14,14 @@ import pytest
 import torch
 from serving_made import made_path, made_set
 
-from tightrec.serving import serve
-from tightrec.serving.dispatch import Dispatcher, Refused
-from tightrec.serving.live import SECONDS, Live
-from tightrec.serving.metrics import Metrics
 from tightrec.serving.paths import Device, PathSet, ServingPath
-from tightrec.serving.scheduler import Scheduler, SchedulerConfig
-from tightrec.serving.server_config import ServeConfig
-from tightrec.serving.workers import NoWorker, Scored, WorkerFailed, WorkerPool
+from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.server import serve
+from tightrec.serving.server.config import ServeConfig
+from tightrec.serving.server.dispatch import Dispatcher, Refused
+from tightrec.serving.server.live import SECONDS, Live
+from tightrec.serving.server.metrics import Metrics
+from tightrec.serving.workers.pool import NoWorker, Scored, WorkerFailed, WorkerPool
 from tightrec.snapshot.inputs import Batch
 
 PATHS = made_set([made_path("one", "x"), made_path("two", "x", threads=2, accuracy=0.9, factor=0.5)], slots=2)

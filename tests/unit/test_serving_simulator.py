@@ -12,11 +12,11 @@ from serving_paths_made import made_cpu, made_path, poisson, usual_cpu, with_gpu
 
 from tightrec.formats.settings import from_words
 from tightrec.serving.paths import Profile, ServingPath, write_paths
-from tightrec.serving.queues import Query
-from tightrec.serving.scheduler import SchedulerConfig
-from tightrec.serving.simulate import simulate_command
-from tightrec.serving.simulate_config import AssumedDevice, SimulateConfig, parse_device
-from tightrec.serving.simulator import ProfileDurations, merged, scaled, simulate
+from tightrec.serving.scheduling.queues import Query
+from tightrec.serving.scheduling.scheduler import SchedulerConfig
+from tightrec.serving.scheduling.simulate import simulate_command
+from tightrec.serving.scheduling.simulate_config import AssumedDevice, SimulateConfig, parse_device
+from tightrec.serving.scheduling.simulator import ProfileDurations, merged, scaled, simulate
 
 EXACT = ProfileDurations(noise=False)
 

@@ -16,8 +16,8 @@ from serving_made import CARDINALITIES, float_plan, made_path, made_set, made_sn
 
 from tightrec.models.config import RepresentationConfig
 from tightrec.serving.paths import CacheConfig, Device, PathSet
-from tightrec.serving.worker_wire import LENGTH, batch_message, read_batch
-from tightrec.serving.workers import NoWorker, WorkerFailed, WorkerPool, groups_of
+from tightrec.serving.workers.pool import NoWorker, WorkerFailed, WorkerPool, groups_of
+from tightrec.serving.workers.wire import LENGTH, batch_message, read_batch
 from tightrec.snapshot import Snapshot, load
 from tightrec.snapshot.inputs import Batch, Inputs
 

@@ -1,0 +1,1 @@
+"""Caches of deep hash embeddings."""

@@ -1,0 +1,1 @@
+"""Load for a server: arrivals, requests, and the client that sends them."""

@@ -1,0 +1,1 @@
+"""Which query takes which path, and when; and the same in simulation."""
