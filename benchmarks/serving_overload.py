@@ -12,7 +12,8 @@ Resident memory of the server and its workers is read every second. Bars:
   through it rises by at most 3 % over all of it;
 - the 99th percentile of a window of 1 s is back within 1.5 times that of before within 5 s of the drop.
 
-Exit status 1 if a bar is missed. Client, server and workers share the machine's cores.
+Exit status 1 if a bar is missed, 2 on a mistake or if the server does not start. Client, server and
+workers share the machine's cores.
 """
 
 import asyncio
@@ -27,7 +28,9 @@ from typing import NamedTuple
 import numpy as np
 import uvloop
 from serving_runs import (
+    NotReady,
     Server,
+    Verdict,
     first_guess,
     in_target_share,
     machine,
@@ -91,19 +94,6 @@ class OverloadConfig:
 
     out: Path | None = None
     """Where every figure is written as JSON; null: nowhere."""
-
-
-class Verdict(NamedTuple):
-    """One bar."""
-
-    name: str
-    told: str
-    met: bool
-
-    @property
-    def line(self) -> str:
-        """As it is printed."""
-        return f"{self.name:<10}{self.told}: {'met' if self.met else 'MISSED'}"
 
 
 class Phases(NamedTuple):
@@ -257,7 +247,7 @@ def main(words: Sequence[str]) -> int:
         print(f"{machine()}\n{config}", flush=True)
         with Server(f"paths={config.paths}", f"policy={config.policy}", "follow=false") as server:
             driven, phases, samples = uvloop.run(measure(config, server, guess))
-    except ValueError as error:
+    except (ValueError, NotReady) as error:
         print(error, file=sys.stderr)
         return 2
     verdicts = [

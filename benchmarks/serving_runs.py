@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from tightrec.serving.load.arrivals import LoadConfig
 from tightrec.serving.load.open_loop import Driven
@@ -21,6 +22,23 @@ START_S, STOP_S = 180.0, 60.0
 """Most that a server may take to be ready, and to drain."""
 
 
+class NotReady(RuntimeError):
+    """A server that did not start; a sentence."""
+
+
+class Verdict(NamedTuple):
+    """One bar."""
+
+    name: str
+    told: str
+    met: bool
+
+    @property
+    def line(self) -> str:
+        """As it is printed."""
+        return f"{self.name:<10}{self.told}: {'met' if self.met else 'MISSED'}"
+
+
 class Server:
     """``python -m tightrec.serving serve`` in a process group of its own; a context manager.
 
@@ -28,7 +46,7 @@ class Server:
         words: its settings but for the port.
 
     Raises:
-        RuntimeError: it ended, or was not ready in time; holds what it wrote.
+        NotReady: it ended, or was not ready in time; holds the last line that it wrote.
     """
 
     def __init__(self, *words: str) -> None:
@@ -49,9 +67,9 @@ class Server:
         while not self.url:
             self.url = url_in(self.log)
             if self._process.poll() is not None or time.monotonic() > until:
-                told = self.log
+                told = self.log.strip().splitlines() or ["it wrote nothing"]
                 self.__exit__()
-                raise RuntimeError(f"the server is not ready: {' '.join(command)}\n{told}")
+                raise NotReady(f"the server does not start: {told[-1]} (`{shlex.join(command)}`)")
             time.sleep(0.1)
         return self
 

@@ -216,6 +216,8 @@ def attach(
     cache_file: Path | None,
     fingerprint: str,
     warm: Frequencies | None = None,
+    *,
+    keep: bool = True,
 ) -> Caches:
     """Put caches in front of ``hashed``, in place of those that were there.
 
@@ -230,6 +232,8 @@ def attach(
         fingerprint: of the snapshot, whatever it is that changes with it.
         warm: how often ids came in the past. They weigh the centroids, and the hottest are in the encoder
             level from the start. None: what the file has, if anything.
+        keep: write what is built even where the file was for another snapshot or other settings. Who keeps
+            takes turns with others who do: one builds, the others read.
 
     Raises:
         ValueError: a level does not fit into the memory.
@@ -238,7 +242,8 @@ def attach(
     if config.levels == "none":
         return Caches(hashed, config, None, None)
     with torch.inference_mode(False), torch.no_grad():
-        tensors = _tensors(hashed, config, cache_file, fingerprint, warm)
+        with files.locked(cache_file if keep else None):
+            tensors = _tensors(hashed, config, cache_file, fingerprint, warm, keep)
         caches = _caches(hashed, config, tensors)
     hashed.vectors = caches
     return caches
@@ -282,6 +287,7 @@ def _tensors(
     cache_file: Path | None,
     fingerprint: str,
     warm: Frequencies | None,
+    keep: bool,
 ) -> dict[str, Tensor]:
     values = {
         "fingerprint": fingerprint,
@@ -291,22 +297,23 @@ def _tensors(
     }
     if cache_file is None:
         return build(hashed, config, warm)
-    why = None
-    frequencies = "" if warm is None else _frequency_digest(warm)
     try:
         tensors, stored = files.read(cache_file)
         changed = [name for name in values if stored.get(name) != values[name]]
-        if warm is not None and stored.get("frequencies") != frequencies:
+        if warm is not None and stored.get("frequencies") != _frequency_digest(warm):
             changed.append("frequencies")
         if not changed:
             return tensors
         why = f"its {' and '.join(changed)} changed"
         if warm is None and "features" not in changed:
-            warm, frequencies = _stored_frequencies(hashed, tensors), stored.get("frequencies", "")
+            warm = _stored_frequencies(hashed, tensors)
     except files.Unusable as error:
-        why = str(error)
+        why, keep = str(error), True
     LOG.info("cache %s is built: %s", cache_file, why)
     tensors = build(hashed, config, warm)
+    if not keep:
+        return tensors
+    frequencies = "" if warm is None else _frequency_digest(warm)
     try:
         files.write(cache_file, tensors, {**values, "frequencies": frequencies})
     except OSError as error:

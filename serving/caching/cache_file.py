@@ -1,9 +1,11 @@
 """The file that keeps what was built for a cache: safetensors, with what it was built for beside it."""
 
+import fcntl
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -59,6 +61,26 @@ def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if values.get("digest") != _digest(tensors):
         raise Unusable(f"{file} is damaged: its SHA-256 differs")
     return tensors, values
+
+
+@contextmanager
+def locked(file: Path | None) -> Iterator[None]:
+    """Wait until no other process has this for a file in the same folder; None, or no lock to be had: go on.
+
+    It is the folder that is locked, so that nothing is left behind.
+    """
+    if file is None:
+        yield
+        return
+    folder = None
+    try:
+        with suppress(OSError):
+            folder = os.open(file.parent, os.O_RDONLY)
+            fcntl.flock(folder, fcntl.LOCK_EX)
+        yield
+    finally:
+        if folder is not None:
+            os.close(folder)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

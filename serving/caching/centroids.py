@@ -176,10 +176,6 @@ class Centroids:
         """Of codes and results."""
         return sum(tensor.numel() * tensor.element_size() for tensor in (self._codes, self._results))
 
-    def covers(self, features: Tensor) -> Tensor:
-        """Whether the feature of each id has this level: bool [T] of int64 [T]."""
-        return self._rows.index_select(0, features) >= 0
-
     def find(self, ids: Tensor, features: Tensor) -> Tensor:
         """Vectors float32 [T, D].
 

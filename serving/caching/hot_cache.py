@@ -74,11 +74,6 @@ class HotVectors:
         return sum(tensor.numel() * tensor.element_size() for tensor in kept)
 
     @property
-    def held(self) -> int:
-        """Number of ids that have a place."""
-        return int((self.keys >= 0).sum())
-
-    @property
     def holds_all(self) -> bool:
         """Whether there is a place for every id."""
         return self.slots >= self.ids

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tightrec.formats import checkpoint_files
 from tightrec.formats.columns import Columns
+from tightrec.formats.run_folder import CHECKPOINTS, RUN_FILE
 from tightrec.formats.schema import SCHEMA_FILE, Schema, SparseColumn, load_schema
 from tightrec.serving.explore.config import CPU, ExploreConfig
 from tightrec.serving.paths import CacheConfig
@@ -103,6 +104,7 @@ def open_snapshots(folders: Sequence[Path]) -> list[Opened]:
     for named in folders:
         # Resolved once: a link may move on meanwhile.
         folder = named.resolve()
+        _require_no_slip(named, folder)
         manifest = read_manifest(folder)
         check(folder, manifest)
         fingerprint = hashlib.sha256((folder / MANIFEST).read_bytes()).hexdigest()
@@ -209,6 +211,17 @@ def precision_of(manifest: SnapshotManifest) -> str:
 
 def _hashed_features(manifest: SnapshotManifest) -> set[str]:
     return {match["feature"] for name in manifest.layers if (match := _DHE_LAYER.fullmatch(name))}
+
+
+def _require_no_slip(named: Path, folder: Path) -> None:
+    """Refuse what is often written in place of a snapshot's folder, with the remedy."""
+    if not folder.exists() and {str(named)[0], str(named)[-1]} & {'"', "'"}:
+        raise ValueError(f"snapshots: there is no folder {named}. Leave the quotes out: snapshots=[A,B].")
+    if (folder / RUN_FILE).is_file() or (folder / CHECKPOINTS).is_dir():
+        raise ValueError(
+            f"snapshots: {named} is the folder of a training run. Make a snapshot of it with "
+            f"`python -m tightrec.snapshot export checkpoint={named} out=FOLDER` and name that."
+        )
 
 
 def _require_same_features(

@@ -172,13 +172,16 @@ def parse_bytes(text: str, where: str) -> int:
     """A number of bytes from words such as ``4GB`` (10^9), ``512MiB`` (2^20) or ``1000000``.
 
     Raises:
-        ValueError: it is none, or 0; ``where`` names the setting.
+        ValueError: it is none, 0, or below a megabyte without a unit: ``4`` is meant to be ``4GB``. ``where``
+            names the setting.
     """
     match = _SIZE.fullmatch(text.strip())
     unit = _UNITS.get(match[2].upper().removesuffix("B") + "B" if match and match[2] else "")
     size = round(float(match[1]) * unit) if match and unit else 0
     if size < 1:
         raise ValueError(f"{where}: {text!r} is no size. Write one such as 4GB, 512MiB or 1000000 (bytes).")
+    if match and not match[2] and size < _UNITS["MB"]:
+        raise ValueError(f"{where} is {size:,} bytes. Write the unit, such as {text.strip()}GB.")
     return size
 
 

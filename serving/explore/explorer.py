@@ -31,10 +31,11 @@ from tightrec.serving.explore.candidates import (
 )
 from tightrec.serving.explore.config import CPU, ExploreConfig
 from tightrec.serving.explore.measure import Effort, RowStream, measure
-from tightrec.serving.explore.pareto import Dropped, keep
+from tightrec.serving.explore.pareto import Dropped, keep, require_room
 from tightrec.serving.explore.quality import Assessed, Task, assess, count_ids
 from tightrec.serving.explore.recorded import read_recorded
 from tightrec.serving.explore.table import table_lines
+from tightrec.serving.output_files import require_writable
 from tightrec.serving.paths import CacheConfig, Device, PathSet, Profile, ServingPath, write_paths
 
 Say = Callable[[str], None]
@@ -90,13 +91,8 @@ def gather(config: ExploreConfig) -> Material:
     Raises:
         ValueError: says what, and what to do.
     """
-    for file in (config.out, config.plot_file):
-        if not file.parent.is_dir():
-            raise ValueError(f"There is no folder {file.parent} for {file.name}. Make it first.")
-        if file.is_dir():
-            raise ValueError(f"{file} is a folder. Name a file.")
-        if not os.access(file.parent, os.W_OK):
-            raise ValueError(f"The folder {file.parent} cannot be written to.")
+    require_writable("out", config.out)
+    require_writable("plot", config.plot_file)
     recorded = read_recorded(config.recorded, config.devices)
     devices = [_device(config, name) for name in config.devices]
     known = [device.name for device in (*devices, *(d for paths in recorded for d in paths.devices))]
@@ -104,6 +100,10 @@ def gather(config: ExploreConfig) -> Material:
         name = word.rpartition("=")[0]
         if name and name not in known:
             raise ValueError(f"memory={word}: {name} is none of the devices, which are {', '.join(known)}.")
+    for record in recorded:
+        for device in record.devices:
+            if config.memory_bytes(device.name, named=True) is not None:
+                require_room(*_limited(config, record, device))
     snapshots = open_snapshots(config.snapshots)
     return Material(snapshots, devices, recorded, read_held_out(config, snapshots[0]))
 
@@ -125,10 +125,8 @@ def choose(config: ExploreConfig, material: Material, measured: Sequence[Serving
     for record in material.recorded:
         dropped += record.dropped
         for device in record.devices:
-            limit = config.memory_bytes(device.name, named=True)
-            theirs = [path for path in record.paths if path.device == device.name]
-            if limit is not None and theirs:
-                device = dataclasses.replace(device, memory_bytes=limit)
+            device, theirs = _limited(config, record, device)
+            if config.memory_bytes(device.name, named=True) is not None and theirs:
                 kept = keep(device, theirs, config.quality)
                 dropped += kept.dropped
                 theirs = list(kept.paths)
@@ -137,6 +135,13 @@ def choose(config: ExploreConfig, material: Material, measured: Sequence[Serving
     return PathSet(
         devices=tuple(devices), paths=tuple(paths), dropped=tuple(dropped), notes=_notes(config, material)
     )
+
+
+def _limited(config: ExploreConfig, record: PathSet, device: Device) -> tuple[Device, list[ServingPath]]:
+    """A recorded device, with the limit that this exploration gives it if it does, and its paths."""
+    limit = config.memory_bytes(device.name, named=True)
+    theirs = [path for path in record.paths if path.device == device.name]
+    return (dataclasses.replace(device, memory_bytes=limit) if limit and theirs else device), theirs
 
 
 def _device(config: ExploreConfig, name: str) -> Device:
@@ -166,11 +171,11 @@ def _measure_all(
         least_repeats=config.least_repeats,
         seconds=config.seconds,
     )
+    unmeasured = [assessor.path(candidate) for candidate in plan]
+    for device in material.devices:
+        require_room(device, [path for path in unmeasured if path.device == device.name])
     found = []
-    for number, candidate in enumerate(plan, 1):
-        assessed = assessor.assess(candidate)
-        path = _path(candidate, assessed, assessor.cache_notes(candidate))
-        path = dataclasses.replace(path, cache_file=assessor.cache_file(candidate))
+    for number, (candidate, path) in enumerate(zip(plan, unmeasured, strict=True), 1):
         began = time.monotonic()
         profile, batches = measure(
             path,
@@ -208,6 +213,11 @@ class _Assessor:
                 f"{found.auc:.5f}, NE {found.ne:.5f}, {found.memory_bytes / 1e6:,.1f} MB"
             )
         return self._known[key]
+
+    def path(self, candidate: Candidate) -> ServingPath:
+        """With everything but its latency."""
+        path = _path(candidate, self.assess(candidate), self.cache_notes(candidate))
+        return dataclasses.replace(path, cache_file=self.cache_file(candidate))
 
     def cache_notes(self, candidate: Candidate) -> dict[str, Any]:
         """What the cache answered and what it costs, beside the same snapshot without."""
@@ -264,8 +274,9 @@ def _path(candidate: Candidate, assessed: Assessed, notes: dict[str, Any]) -> Se
 
 @contextlib.contextmanager
 def _scratch(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` for files that are not whole yet."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=out.parent))
+    """A folder beside ``out`` for files that are not whole yet; absolute, as worker processes want it."""
+    home = out.absolute().parent
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".partial", dir=home))
     try:
         yield folder
     finally:

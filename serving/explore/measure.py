@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from tightrec.formats.columns import Columns
+from tightrec.serving.loops import new_event_loop
 from tightrec.serving.paths import Device, PathSet, Profile, ServingPath
 from tightrec.snapshot.inputs import Batch
 from tightrec.snapshot.rows import feature_major
@@ -113,7 +114,7 @@ def measure(
         ChildProcessError: it died or could not score a batch.
         TimeoutError: it took longer than ``timeout_s``.
     """
-    with asyncio.Runner(loop_factory=_loop) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_measure(path, rows, effort, warm_rows, timeout_s))
 
 
@@ -143,10 +144,3 @@ async def _measure(
         raise ChildProcessError(f"path {path.name}: {error}") from None
     finally:
         await pool.close()
-
-
-def _loop() -> asyncio.AbstractEventLoop:
-    # The one that the server has.
-    import uvloop
-
-    return uvloop.new_event_loop()

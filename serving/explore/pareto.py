@@ -29,14 +29,37 @@ class Kept(NamedTuple):
 
 
 def keep(device: Device, paths: Sequence[ServingPath], by: Quality) -> Kept:
-    """The paths of ``device`` to keep: none is dominated, and together they fit its memory.
+    """The paths of ``device`` to keep: none is dominated by one that fits, and together they fit its memory.
 
     Raises:
         ValueError: not even the smallest path fits; says what it needs.
     """
-    front, dominated = pareto_front(paths, by)
+    require_room(device, paths)
+    limit = device.memory_bytes
+    fitting, too_large = [], []
+    for path in paths:
+        needed = needed_bytes(device, [path])
+        if limit is None or needed <= limit:
+            fitting.append(path)
+        else:
+            too_large.append((path, f"no room: it needs {needed:,} of the {limit:,} on {device.name}"))
+    front, dominated = pareto_front(fitting, by)
     kept, without_room = fit_memory(device, front, by)
-    return Kept(kept, (*dominated, *without_room))
+    return Kept(kept, (*dominated, *too_large, *without_room))
+
+
+def require_room(device: Device, paths: Sequence[ServingPath]) -> None:
+    """Refuse a limit of ``device`` that none of its ``paths`` fits; their profiles are not looked at.
+
+    Raises:
+        ValueError: says what the smallest needs.
+    """
+    limit, least = device.memory_bytes, min((needed_bytes(device, [path]) for path in paths), default=0)
+    if limit is not None and least > limit:
+        raise ValueError(
+            f"device {device.name}: the smallest path needs {least:,} bytes, but memory allows {limit:,}. "
+            "Give it more memory, fewer cores, a snapshot of lower precision or a smaller cache."
+        )
 
 
 def pareto_front(paths: Iterable[ServingPath], by: Quality) -> tuple[list[ServingPath], list[Dropped]]:
@@ -75,12 +98,8 @@ def fit_memory(
     limit = device.memory_bytes
     if limit is None:
         return tuple(ordered), ()
+    require_room(device, paths)
     alone = {path.name: needed_bytes(device, [path]) for path in paths}
-    if min(alone.values()) > limit:
-        raise ValueError(
-            f"device {device.name}: the smallest path needs {min(alone.values()):,} bytes, but memory allows "
-            f"{limit:,}. Give it more memory, fewer cores, a snapshot of lower precision or a smaller cache."
-        )
     kept = [min((path for path in paths if alone[path.name] <= limit), key=cost_a_row)]
     dropped: list[Dropped] = []
     for path in ordered:

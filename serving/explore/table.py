@@ -30,7 +30,8 @@ def table_lines(paths: PathSet, by: Quality) -> list[str]:
     changes = list(_cache_lines([*paths.paths, *(path for path, _ in paths.dropped)]))
     if changes:
         lines += [
-            "caches: ids answered by each level, and the change against the same snapshot without:",
+            "caches: what each level answered of the ids that reached it, and the change against the same "
+            "snapshot without:",
             *changes,
         ]
     return lines
@@ -61,10 +62,12 @@ def _cache_lines(paths: Iterable[ServingPath]) -> Iterable[str]:
         if not note or key in told:
             continue
         told.add(key)
-        hits = ", ".join(f"{level} {share:.1%}" for level, share in note["hits"].items()) or "nothing"
+        asked = ("of the ids", "of the rest")
+        shares = zip(note["hits"].items(), asked, strict=False)
+        hits = ", ".join(f"{level} {share:.1%} {of}" for (level, share), of in shares) or "nothing"
         change = note["change"]
-        yield shorten(
-            f"  {path.name}: {hits}; accuracy {100 * change['accuracy']:+.3f} points, "
-            f"AUC {change['auc']:+.5f}, NE {change['ne']:+.5f}",
-            WIDTH,
+        yield f"  {path.name}:"
+        yield (
+            f"    {hits}; accuracy {100 * change['accuracy']:+.3f} points, "
+            f"AUC {change['auc']:+.5f}, NE {change['ne']:+.5f}"
         )

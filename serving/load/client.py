@@ -7,7 +7,6 @@ import json
 import os
 import signal
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
@@ -16,10 +15,14 @@ import numpy as np
 from tightrec.serving.load.arrivals import LoadConfig, arrivals
 from tightrec.serving.load.config import LoadClientConfig
 from tightrec.serving.load.open_loop import Driven, Reply, drive
-from tightrec.serving.load.requests import HEADER_LENGTH, SHED, InferRequests, parameters_of, read_answer
+from tightrec.serving.load.requests import InferRequests, parameters_of, read_answer
 from tightrec.serving.load.rows import requests_of
 from tightrec.serving.load.summary import report_of, table
+from tightrec.serving.loops import new_event_loop
+from tightrec.serving.open_inference import HEADER_LENGTH, SHED
+from tightrec.serving.output_files import require_writable
 from tightrec.serving.paths import read_paths
+from tightrec.serving.whole_files import write_whole
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -126,22 +129,10 @@ async def metadata(config: LoadClientConfig) -> dict[str, Any]:
         ValueError: it cannot be reached, has no such model, or does not speak this protocol.
     """
     url = f"{config.url.rstrip('/')}/v2/models/{config.model}"
-    try:
-        async with (
-            session(1) as client,
-            asyncio.timeout(min(config.timeout_s, METADATA_S)),
-            client.get(url) as response,
-        ):
-            status, body = response.status, await response.read()
-    except (aiohttp.ClientError, OSError, TimeoutError) as error:
-        reason = str(error) or "no answer"
-        raise ValueError(
-            f"the server at {config.url} cannot be reached ({reason}). Start one with "
-            "`python -m tightrec.serving serve`, or give its url."
-        ) from None
+    status, body = await _get(config, url)
     if status != 200:
         raise ValueError(
-            f"{url} answers {status}: {_told(body)}. Give the url and model of a server that runs."
+            f"model={config.model}: the server at {config.url} answers {status}, {_told(body).rstrip('.')}."
         )
     try:
         found = json.loads(body)
@@ -151,6 +142,46 @@ async def metadata(config: LoadClientConfig) -> dict[str, Any]:
     return found
 
 
+async def require_path(config: LoadClientConfig) -> None:
+    """Refuse a path that the server does not serve; one that does not tell its paths is not asked further.
+
+    Raises:
+        ValueError: names the paths that there are.
+    """
+    if config.path is None:
+        return
+    status, body = await _get(config, f"{config.url.rstrip('/')}/api/status")
+    try:
+        names = [str(path["name"]) for path in json.loads(body)["paths"]] if status == 200 else []
+    except (ValueError, KeyError, TypeError):
+        return
+    if names and config.path not in names:
+        raise ValueError(
+            f"path={config.path}: the server at {config.url} has no such path, only {', '.join(names)}."
+        )
+
+
+async def _get(config: LoadClientConfig, url: str) -> tuple[int, bytes]:
+    """Status and body of the answer to a GET."""
+    timeout_s = min(config.timeout_s, METADATA_S)
+    try:
+        async with session(1) as client, asyncio.timeout(timeout_s), client.get(url) as response:
+            return response.status, await response.read()
+    except TimeoutError:
+        why = f"no answer within {timeout_s:g} s"
+    except aiohttp.ClientConnectorError as error:
+        # Its own text speaks of ssl.
+        number = error.os_error.errno
+        why = os.strerror(number) if number and number > 0 else str(error.os_error.strerror or error.os_error)
+        why = why[:1].lower() + why[1:]
+    except (aiohttp.ClientError, OSError) as error:
+        why = str(error) or "no answer"
+    raise ValueError(
+        f"the server at {config.url} cannot be reached ({why}). Start one with "
+        "`python -m tightrec.serving serve`, or give its url."
+    )
+
+
 def load(config: LoadClientConfig, say: Any) -> int:
     """Carry out the command; returns its exit status: 1 if a query failed, 130 if it was interrupted.
 
@@ -158,10 +189,11 @@ def load(config: LoadClientConfig, say: Any) -> int:
         ValueError: a mistake in the settings, or a server that cannot be reached.
     """
     paths = read_paths(config.paths) if config.paths is not None else None
-    if config.out is not None and not config.out.absolute().parent.is_dir():
-        raise ValueError(f"out={config.out}: the folder {config.out.parent} does not exist. Make it first.")
+    if config.out is not None:
+        require_writable("out", config.out)
     accuracies = {path.name: path.accuracy for path in paths.paths} if paths else {}
     told = asyncio.run(metadata(config))
+    asyncio.run(require_path(config))
     requests = requests_of(config, told)
     longer = dataclasses.replace(config, duration_s=config.warmup_s + config.duration_s)
     queries = arrivals(longer)
@@ -174,7 +206,7 @@ def load(config: LoadClientConfig, say: Any) -> int:
     for line in table(report):
         say(line)
     if config.out is not None:
-        _write(config.out, report)
+        write_whole(config.out, json.dumps(report, indent=1) + "\n")
         say(f"written to {config.out}")
     if driven.interrupted:
         return INTERRUPTED
@@ -207,21 +239,7 @@ def _handled(loop: asyncio.AbstractEventLoop, asked: Any) -> Iterator[None]:
 
 def _run(work: Any) -> Driven:
     try:
-        import uvloop
-
-        runner = uvloop.run
-    except ImportError:
-        runner = asyncio.run
-    try:
-        return runner(work)
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            return runner.run(work)
     except asyncio.CancelledError:
         raise KeyboardInterrupt from None
-
-
-def _write(file: Path, report: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(report, indent=1) + "\n")
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)

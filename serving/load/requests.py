@@ -16,15 +16,7 @@ import numpy as np
 
 from tightrec.formats.columns import Bags, Columns, Ids, offsets_of
 from tightrec.formats.schema import Schema
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
-"""HTTP header with the length of the JSON header, in requests and in answers."""
-
-SHED = "X-Shed"
-"""HTTP header that says why a query was shed."""
-
-OUTPUT = "probability"
-"""Name of the output tensor, FP32 [B]."""
+from tightrec.serving.open_inference import HEADER_LENGTH, OUTPUT
 
 Order = Literal["consecutive", "random"]
 """Rows of a query: neighbours in the data, as of one user, or drawn one by one."""

@@ -4,6 +4,7 @@ import bisect
 from collections.abc import Callable
 
 from tightrec.serving.paths import Profile, ServingPath
+from tightrec.serving.scheduling.rest import Rest
 
 OBSERVED_WEIGHT = 0.1
 """Of the newest batch in the running means."""
@@ -14,11 +15,19 @@ CLIP = 4.0
 FORGET_S = 3.0
 """Seconds without an observation that halve a correction: a path that looked too slow is tried again."""
 
-MARGIN = 2.0
-"""Mean absolute deviations that are planned on top of the mean, so that most batches end in time."""
+MARGIN = 0.5
+"""Mean absolute deviations that are planned on top of the mean, so that most batches end in time. More would
+refuse too many that could have been served, less lets too many be served late."""
+
+MOST_START = 0.25
+"""Mean absolute deviation that a path starts from, at most: a profile with rare spikes has a large 99th
+percentile, and a path that is planned with that is never tried, so that nothing better is learnt."""
 
 NORMAL_P99 = 2.3263478740408408
 """Standard deviations from the median to the 99th percentile of a normal distribution."""
+
+MOST_ROWS = 10**12
+"""What an endless time is worth: a finite number, however far a profile is extended."""
 
 Durations = Callable[[ServingPath, int, int], float]
 """True seconds of a batch: (path, rows, number of the batch). Only a simulator knows them."""
@@ -54,10 +63,34 @@ class Curve:
         if place == 0:
             return 0
         if place == len(known):
-            return int(known[-1] * seconds / values[-1])
+            return int(min(known[-1] * seconds / values[-1], MOST_ROWS))
         before, after = known[place - 1], known[place]
         low, high = values[place - 1], values[place]
         return before + int((seconds - low) / (high - low) * (after - before))
+
+
+class Weather:
+    """How much slower than profiled the paths of one device are now, all together: a running mean.
+
+    What slows one path, such as other programs on the same cores, slows the others too: a path that was not
+    observed for a while is taken to be as slow as the rest, not as fast as its profile.
+    """
+
+    def __init__(self) -> None:
+        self._mean = 1.0
+        self._observed_at: float | None = None
+
+    def now(self, now: float) -> float:
+        """Observed over profiled duration; without news it decays towards 1."""
+        if self._observed_at is None:
+            return self._mean
+        return 1.0 + (self._mean - 1.0) * _kept(now - self._observed_at)
+
+    def observe(self, ratio: float, now: float) -> None:
+        """A batch took ``ratio`` times its profiled duration."""
+        mean = self.now(now)
+        self._mean = mean + OBSERVED_WEIGHT * (ratio - mean)
+        self._observed_at = now
 
 
 class PathEstimate:
@@ -65,17 +98,28 @@ class PathEstimate:
 
     The ratio of observed to profiled duration and its mean absolute deviation are exponentially weighted
     running means, as TCP keeps them of its round trips (Jacobson 1988). A ratio that is no longer observed
-    decays towards 1: a path whose queries all seem late would otherwise never be tried again.
+    decays towards that of its device: a path whose queries all seem late would otherwise never be tried
+    again.
     """
 
-    def __init__(self, path: ServingPath, quality: float, truth: Durations | None = None) -> None:
+    def __init__(
+        self,
+        path: ServingPath,
+        quality: float,
+        truth: Durations | None = None,
+        weather: Weather | None = None,
+    ) -> None:
         self.path = path
         self.quality = quality
         self.threads = path.threads
+        self.rest = Rest()
+        self.resting = False
+        """Whether only queries that must take this path may do so now."""
         self.curve = Curve(path.profile)
         self.mean = 1.0
         self.deviation = _spread(path.profile)
         self._truth = truth
+        self._weather = weather or Weather()
         self._number = 0
         self._observed_at: float | None = None
         self._start = self.deviation
@@ -118,13 +162,18 @@ class PathEstimate:
         self.deviation = deviation + OBSERVED_WEIGHT * (abs(ratio - mean) - deviation)
         self.mean = mean + OBSERVED_WEIGHT * (ratio - mean)
         self._observed_at = now
+        self._weather.observe(ratio, now)
         self.refresh(now, self._number)
 
     def _decayed(self, now: float) -> tuple[float, float]:
-        if self._observed_at is None:
-            return self.mean, self.deviation
-        keep = 0.5 ** (max(0.0, now - self._observed_at) / FORGET_S)
-        return 1.0 + (self.mean - 1.0) * keep, self._start + (self.deviation - self._start) * keep
+        keep = 0.0 if self._observed_at is None else _kept(now - self._observed_at)
+        usual = self._weather.now(now)
+        return usual + (self.mean - usual) * keep, self._start + (self.deviation - self._start) * keep
+
+
+def _kept(seconds: float) -> float:
+    """Share of an observation that counts after ``seconds``."""
+    return 0.5 ** (max(0.0, seconds) / FORGET_S)
 
 
 def _spread(profile: Profile) -> float:
@@ -134,4 +183,4 @@ def _spread(profile: Profile) -> float:
     """
     pairs = zip(profile.tail_ms, profile.latency_ms, strict=True)
     ratios = sorted(max(0.0, tail / median - 1.0) for tail, median in pairs)
-    return 0.8 * ratios[len(ratios) // 2] / NORMAL_P99
+    return min(0.8 * ratios[len(ratios) // 2] / NORMAL_P99, MOST_START)

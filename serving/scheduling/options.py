@@ -23,18 +23,23 @@ class Promises:
     def behind(
         self, queues: Iterable[DeviceQueue], query: Query, only: str | None, now: float
     ) -> list[Option]:
-        """What each path promises to ``query`` behind what waits, merged with the end of it."""
+        """What each path promises to ``query`` behind what waits, merged with the end of it; see at_head."""
         return [option for queue in queues for option in self._behind(queue, query, only, now)]
 
-    def at_head(self, queue: DeviceQueue, item: Waiting, now: float) -> list[Option]:
-        """What each path of ``queue`` promises to ``item``, if it is the next to start."""
+    def at_head(self, queue: DeviceQueue, item: Waiting, now: float, resting: bool = False) -> list[Option]:
+        """What each path of ``queue`` promises to ``item``, if it is the next to start.
+
+        None does that rests, unless ``item`` must take it, or ``resting``.
+        """
         times = queue.free_times(now)
         rows, target_s = item.query.rows, item.query.target_s
         options = []
         for estimate in queue.estimates:
-            if item.only is None or estimate.path.name == item.only:
+            if resting or _may_take(estimate, item.only):
                 start = times[estimate.threads - 1]
-                finish = start + estimate.planned_s(rows)
+                # Where nobody else waits for the slots, a query that is late half the time loses nothing.
+                alone = start <= now and len(queue.waiting) <= 1
+                finish = start + (estimate.expected_s(rows) if alone else estimate.planned_s(rows))
                 usual = self._usual_rows(estimate, rows, target_s)
                 cost_s = estimate.threads * estimate.expected_s(usual) * rows / usual
                 options.append(Option(estimate, queue, start, finish, cost_s))
@@ -69,7 +74,7 @@ class Promises:
         options = []
         for estimate in queue.estimates:
             name = estimate.path.name
-            if only is not None and name != only:
+            if not _may_take(estimate, only):
                 continue
             usual = self._usual_rows(estimate, query.rows, query.target_s)
             row_s = estimate.threads * estimate.expected_s(usual) / usual
@@ -84,7 +89,8 @@ class Promises:
                 else:
                     crowded = same > 0
             start = available(times, ahead_s, estimate.threads)
-            lasts_s = estimate.planned_s(rows)
+            alone = start <= now and not queue.waiting
+            lasts_s = estimate.expected_s(rows) if alone else estimate.planned_s(rows)
             if crowded:
                 # As long as a full batch may be: to count on less would let the queue grow until nothing but
                 # small batches, which waste compute, could still end in time.
@@ -92,3 +98,7 @@ class Promises:
             finish = start + lasts_s
             options.append(Option(estimate, queue, start, finish, row_s * query.rows))
         return options
+
+
+def _may_take(estimate: PathEstimate, only: str | None) -> bool:
+    return not estimate.resting if only is None else estimate.path.name == only

@@ -1,16 +1,19 @@
 """Which queries run where and when: admission, queues, batches, shedding. No clock and no input or output of
 its own, so that the server and the simulator run the same code."""
 
+import logging
 import math
 from collections.abc import Sequence
 
 from tightrec.serving.paths import PathSet
 from tightrec.serving.scheduling.budget import Budget, Reach
 from tightrec.serving.scheduling.config import SchedulerConfig
-from tightrec.serving.scheduling.estimates import Durations, PathEstimate
+from tightrec.serving.scheduling.estimates import CLIP, Durations, PathEstimate, Weather
 from tightrec.serving.scheduling.options import Promises
 from tightrec.serving.scheduling.policies import Option, cheapest, gain, make_policy
 from tightrec.serving.scheduling.queues import Batch, DeviceQueue, Query, Shed, Waiting
+
+logger = logging.getLogger(__name__)
 
 __all__ = ["Batch", "Query", "Scheduler", "SchedulerConfig", "Shed"]
 
@@ -30,7 +33,7 @@ LOOK = 16
 class Scheduler:
     """Gives queries to paths. Times are seconds of any one monotonic clock, and never go back.
 
-    Call :meth:`start` after every :meth:`submit`, :meth:`finish` and :meth:`fail`, and at :meth:`wake_at`.
+    Call :meth:`start` after every :meth:`submit`, and whenever a batch ended, and at :meth:`wake_at`.
     Every query that was submitted comes back once: shed, in a batch, or cancelled.
     """
 
@@ -47,8 +50,11 @@ class Scheduler:
         self.config = config
         self._policy = make_policy(paths, config)
         self._promises = Promises(config, self._policy)
+        weather = {device.name: Weather() for device in paths.devices}
         self._estimates = {
-            path.name: PathEstimate(path, path.quality(config.rank), durations if oracle else None)
+            path.name: PathEstimate(
+                path, path.quality(config.rank), durations if oracle else None, weather[path.device]
+            )
             for path in paths.paths
         }
         self._queues: list[DeviceQueue] = []
@@ -116,10 +122,23 @@ class Scheduler:
         return None
 
     def start(self, now: float) -> tuple[list[Batch], list[Shed]]:
-        """Start what can start now; also what is shed because it can no longer meet its target."""
-        self._advance(now)
+        """Start what can start now; also what is shed because it can no longer meet its target.
+
+        What was started comes back even if a mistake of this program ends the rest of it, so that its slots
+        are freed some day; a mistake that lasts is raised by the next call, which then starts nothing.
+        """
         batches: list[Batch] = []
         sheds: list[Shed] = []
+        try:
+            self._start(now, batches, sheds)
+        except Exception:
+            if not (batches or sheds):
+                raise
+            logger.exception("%d batches were started, then the scheduler failed", len(batches))
+        return batches, sheds
+
+    def _start(self, now: float, batches: list[Batch], sheds: list[Shed]) -> None:
+        self._advance(now)
         going = bool(self._where)
         while going:
             going = False
@@ -134,25 +153,42 @@ class Scheduler:
                 if queue.waiting:
                     for item in [item for item in queue.waiting if item.latest <= now]:
                         sheds.append(self._shed_late(queue, item))
-        return batches, sheds
 
-    def finish(self, batch: Batch, now: float) -> None:
-        """``batch`` has its scores: its slots are free, its path's correction learns."""
+    def finish(self, batch: Batch, now: float, usual: bool = True) -> None:
+        """``batch`` has its scores: its slots are free, its path's correction learns.
+
+        Args:
+            usual: whether it took as long as the path takes; False: it may have waited for something else, so
+                the correction does not learn.
+        """
         queue = self._queue_of[batch.path.name]
         if queue.release(batch):
+            estimate = self._estimates[batch.path.name]
             took_s = max(0.0, now - batch.started)
             queue.budget.pay(batch.path.threads * (took_s - batch.expected_s))
-            self._estimates[batch.path.name].observe(batch.rows, took_s, now)
+            if usual:
+                estimate.observe(batch.rows, took_s, now)
+            estimate.rest.succeeded()
+            self._note_rests(now)
             gained = queue.gains.pop(batch.number, None)
             if gained is not None:
                 for query in batch.queries:
                     queue.reach.learn(query.rows * (gained if now <= query.deadline else -1.0))
 
     def fail(self, batch: Batch, now: float) -> None:
-        """``batch`` ended without scores: its slots are free, nothing is learnt."""
+        """``batch`` ended without scores by a fault of its path: see :meth:`drop`; the path may have to rest.
+
+        Other paths are taken then, unless a query must take this one, or all rest.
+        """
+        if self.drop(batch):
+            self._estimates[batch.path.name].rest.failed(batch.started, now)
+            self._note_rests(now)
+
+    def drop(self, batch: Batch) -> bool:
+        """``batch`` ended without scores: its slots are free, nothing is learnt; False: it had ended."""
         queue = self._queue_of[batch.path.name]
-        queue.release(batch)
         queue.gains.pop(batch.number, None)
+        return queue.release(batch)
 
     def cancel(self, number: int) -> bool:
         """Forget a query that waits; False: it does not wait."""
@@ -170,15 +206,24 @@ class Scheduler:
 
     def _advance(self, now: float, target_s: float | None = None) -> None:
         if target_s is not None and 0 < target_s < math.inf:
-            mean = self._target_s
-            self._target_s = target_s if mean is None else mean + TARGET_WEIGHT * (target_s - mean)
+            # Clients set it: one that asks for an hour must not fill the budget with an hour's compute.
+            mean = self._target_s or target_s
+            self._target_s = mean + TARGET_WEIGHT * (min(target_s, CLIP * mean) - mean)
         if now != self._now:
             self._now = now
             for estimate in self._estimates.values():
                 estimate.refresh(now, self._batches)
+            self._note_rests(now)
             if self._target_s is not None:
                 for queue in self._queues:
                     queue.budget.earn(now, BUDGET_TARGETS * self._target_s)
+
+    def _note_rests(self, now: float) -> None:
+        """Which paths rest now; none, if all would: rather one that may fail than nothing."""
+        resting = [estimate for estimate in self._estimates.values() if estimate.rest.until > now]
+        all_rest = len(resting) == len(self._estimates)
+        for estimate in self._estimates.values():
+            estimate.resting = not all_rest and estimate.rest.until > now
 
     # Queues
 
@@ -225,6 +270,11 @@ class Scheduler:
                     self._move(queue, head, elsewhere)
                     progress = True
                     continue
+                if not options:
+                    # Every path here rests, and no other device can: as in _note_rests.
+                    options = self._promises.at_head(queue, head, now, resting=True)
+                    in_time = [option for option in options if option.finish <= head.deadline]
+            if not in_time:
                 if self.config.shed:
                     sheds.append(self._shed_late(queue, head))
                     progress = True
@@ -240,9 +290,9 @@ class Scheduler:
             items = self._grow(queue, head, chosen.estimate, now)
             estimate = self._upgrade(queue, items, chosen.estimate, now) if self._policy.spends else None
             batch = self._launch(queue, items, estimate or chosen.estimate, now)
+            batches.append(batch)
             if estimate is not None:
                 queue.gains[batch.number] = gain(estimate, chosen.estimate)
-            batches.append(batch)
             progress = True
         return progress
 
@@ -304,7 +354,7 @@ class Scheduler:
         best = None
         for estimate in queue.estimates:
             better = estimate.quality > (best or base).quality
-            if not better or estimate.threads > queue.free:
+            if not better or estimate.resting or estimate.threads > queue.free:
                 continue
             if estimate.planned_s(rows) > left_s:
                 continue
@@ -313,11 +363,11 @@ class Scheduler:
         return best
 
     def _launch(self, queue: DeviceQueue, items: list[Waiting], estimate: PathEstimate, now: float) -> Batch:
-        self._take(queue, items)
         rows = sum(item.query.rows for item in items)
         batch = Batch(
             self._batches, estimate.path, tuple(i.query for i in items), now, estimate.expected_s(rows)
         )
+        self._take(queue, items)
         queue.occupy(batch)
         queue.budget.pay(estimate.threads * batch.expected_s)
         self._rows[estimate.path.name] += rows

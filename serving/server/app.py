@@ -201,9 +201,9 @@ class _Endpoints:
         return _json(self._service.status())
 
     async def openapi(self, request: web.Request) -> web.Response:
-        return _json(
-            openapi.document(self._service.protocol, sorted(p.name for p in self._service.paths.paths))
-        )
+        service = self._service
+        names = sorted(path.name for path in service.paths.paths)
+        return _json(openapi.document(service.protocol, names, service.infer.any_id))
 
     async def page(self, request: web.Request) -> web.Response:
         headers = {"Content-Type": "text/html; charset=utf-8", "Content-Security-Policy": page.POLICY}

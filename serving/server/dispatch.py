@@ -58,6 +58,7 @@ class Generation:
         self.pool = pool
         self.version = str(max(pool.steps.values()))
         """The newest training step among its snapshots."""
+        self._workers = len(pool.pids())
         self._batches = 0
         self._idle = asyncio.Event()
         self._idle.set()
@@ -71,6 +72,11 @@ class Generation:
         self._batches -= 1
         if not self._batches:
             self._idle.set()
+
+    @property
+    def whole(self) -> bool:
+        """Whether no worker is being replaced: each batch that the scheduler starts then has one at once."""
+        return len(self.pool.pids()) >= self._workers
 
     async def idle(self) -> None:
         """Wait until it has no batch."""
@@ -121,8 +127,8 @@ class Dispatcher:
             raise Refused(shed.reason)
         answer = asyncio.get_running_loop().create_future()
         self._waiting[query.number] = _Waiting(query=query, rows=rows, answer=answer)
-        self._advance()
         try:
+            self._advance()
             return await answer
         finally:
             # A client that has gone: its query goes too, if it still waits.
@@ -153,7 +159,14 @@ class Dispatcher:
     def _advance(self) -> None:
         """Start what can start, and look again when the scheduler says so."""
         now = time.monotonic()
-        batches, shed = self.scheduler.start(now)
+        try:
+            batches, shed = self.scheduler.start(now)
+        except Exception as error:  # a mistake of this program: nobody waits for ever
+            logger.exception("the scheduler")
+            batches, shed = [], []
+            for one in list(self._waiting.values()):
+                if self.scheduler.cancel(one.query.number):
+                    self._refuse([one], WorkerFailed(f"the scheduler failed ({type(error).__name__})."))
         for refused in shed:
             waiting = self._waiting.get(refused.query.number)
             if waiting is not None:
@@ -178,26 +191,30 @@ class Dispatcher:
                 await self._score(batch, waiting)
         except Exception as error:  # a mistake of this program: nobody waits for ever, no slot is lost
             logger.exception("batch %d", batch.number)
+            self.scheduler.fail(batch, time.monotonic())
             self._refuse(waiting, WorkerFailed(f"the batch failed ({type(error).__name__})."))
         finally:
-            # After a batch that was finished this does nothing.
-            self.scheduler.fail(batch, time.monotonic())
+            # After a batch that was finished or has failed this does nothing.
+            self.scheduler.drop(batch)
             self._advance()
 
     async def _score(self, batch: Batch, waiting: list[_Waiting]) -> None:
         deadline = min(one.query.deadline for one in waiting)
         patience_s = max(deadline - time.monotonic(), LEAST_PATIENCE_S)
         with self.current as generation:
-            pool = generation.pool
+            pool, whole = generation.pool, generation.whole
             path = batch.path if pool.can_run(batch.path) else self._stand_in(batch, pool)
             try:
                 scored = await pool.score(path, [one.rows for one in waiting], patience_s)
             except (WorkerFailed, NoWorker) as error:
+                if path is batch.path and (isinstance(error, WorkerFailed) or not pool.can_run(path)):
+                    self.scheduler.fail(batch, time.monotonic())
                 self._refuse(waiting, error)
                 return
             now = time.monotonic()
             if path is batch.path:
-                self.scheduler.finish(batch, now)
+                # While a worker is being replaced, batches may wait for another one of their path.
+                self.scheduler.finish(batch, now, usual=whole)
             self._answer(batch, path.name, waiting, scored, now, generation)
 
     def _stand_in(self, batch: Batch, pool: WorkerPool) -> ServingPath:

@@ -2,13 +2,22 @@
 
 import asyncio
 import dataclasses
+import logging
+import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tightrec.serving.paths import PathSet
 from tightrec.serving.server.app import Service
 from tightrec.serving.workers.pool import WorkerPool
+from tightrec.serving.workers.worker import WorkerNotStarted
 from tightrec.snapshot.manifest import MANIFEST, Feature, read_manifest
+
+logger = logging.getLogger(__name__)
+
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
+"""Between attempts to load a snapshot that is not to blame itself: doubled from the first to the longest."""
 
 Identity = tuple[str, int, int]
 """Of a snapshot: its folder, its manifest's inode and time of change."""
@@ -86,15 +95,39 @@ class Follower:
         self._paths, self._serving, self._features = paths, identities, features
         self._service, self._new_pool = service, new_pool
         self._every_s, self._say = every_s, say
-        self._refused: dict[str, Identity] | None = None
+        self._failed: dict[str, Identity] | None = None
+        self._pause_s, self._again = FIRST_PAUSE_S, math.inf
 
     async def run(self) -> None:
         """Until it is cancelled."""
         while True:
             await asyncio.sleep(self._every_s)
-            seen = await asyncio.to_thread(identities, self._paths)
-            if seen is not None and seen not in (self._serving, self._refused):
-                await self._replace(seen)
+            try:
+                await self._look()
+            except (ValueError, OSError) as error:  # whatever it is: later snapshots must not be missed
+                self._note("snapshots could not be followed", error)
+
+    async def _look(self) -> None:
+        seen = await asyncio.to_thread(identities, self._paths)
+        if seen is None:
+            return
+        if seen == self._serving:
+            self._service.swap_note = None
+            return
+        if seen != self._failed:
+            self._failed, self._pause_s, self._again = None, FIRST_PAUSE_S, -math.inf
+        if time.monotonic() >= self._again:
+            await self._replace(seen)
+
+    def _note(self, what: str, error: Exception) -> None:
+        """Say what stands on the page from now on, once."""
+        expected = isinstance(error, ValueError | OSError)
+        text = f"{what}: {error if expected else repr(error)}"
+        if self._service.swap_note != text:
+            self._service.swap_note = text
+            self._say(text)
+            if not expected:
+                logger.error("follower", exc_info=error)
 
     async def _replace(self, seen: dict[str, Identity]) -> None:
         service = self._service
@@ -104,13 +137,19 @@ class Follower:
             if await asyncio.to_thread(features_of, paths) != self._features:
                 raise ValueError("it takes other features than the one in service; start the server anew.")
             await pool.start(paths)
-        except (ValueError, OSError) as error:
-            self._refused = seen
-            service.metrics.refused_swaps.inc()
-            service.swap_note = f"a new snapshot was refused: {error}"
-            self._say(service.swap_note)
+        except Exception as error:
+            self._failed = seen
+            if _lasting(error):
+                self._again = math.inf
+                service.metrics.refused_swaps.inc()
+                self._note("a new snapshot was refused", error)
+            else:
+                self._again = time.monotonic() + self._pause_s
+                told = f"a new snapshot could not be loaded, the next attempt is in {self._pause_s:g} s"
+                self._note(told, error)
+                self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return
-        self._serving, self._refused = seen, None
+        self._serving, self._failed = seen, None
         before = service.dispatcher.swap(pool)
         service.restarts_before += before.pool.restarts
         service.protocol.version = service.dispatcher.current.version
@@ -121,3 +160,8 @@ class Follower:
             await before.idle()
         finally:
             await before.pool.close()
+
+
+def _lasting(error: Exception) -> bool:
+    """Whether a snapshot is to blame, so that another attempt would fail too."""
+    return error.lasting if isinstance(error, WorkerNotStarted) else isinstance(error, ValueError)

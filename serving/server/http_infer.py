@@ -12,7 +12,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from tightrec.serving.server.config import ServeConfig
 from tightrec.serving.server.dispatch import Dispatcher, Refused
 from tightrec.serving.server.http_errors import error
-from tightrec.serving.server.protocol import HEADER_LENGTH, Protocol
+from tightrec.serving.server.protocol import HEADER_LENGTH, InferRequest, Protocol
 from tightrec.serving.server.tensors import RequestError
 from tightrec.snapshot.inputs import Inputs
 
@@ -20,6 +20,9 @@ CONTENT_TYPES = ("application/json", "application/octet-stream", "application/x-
 """The last one is what curl says of any body; aiohttp says the second where there is no header."""
 
 ENCODINGS = ("", "identity", "gzip", "deflate")
+
+THREAD_BYTES = 100_000
+"""JSON of more bytes is read in a thread: the event loop goes on meanwhile, at least between its tensors."""
 
 _IDS_A_BAG = 16
 _JSON_ID_BYTES, _JSON_DENSE_BYTES, _JSON_REST_BYTES = 22, 24, 1 << 16
@@ -58,6 +61,8 @@ class InferEndpoint:
         self.largest_body = largest_body(config, protocol)
         self._most_held = max(int(config.max_held_mb * 1e6), self.largest_body)
         self._held = 0
+        self._reading = asyncio.Lock()
+        self.any_id = config.out_of_range == "overflow"
         self.active = 0
         self.draining = False
 
@@ -85,7 +90,7 @@ class InferEndpoint:
             return await self._answer(body, _header_length(request), arrived)
 
     async def _answer(self, body: bytes, header_length: int | None, arrived: float) -> web.Response:
-        asked = self._protocol.read(body, header_length)
+        asked = await self._read(body, header_length)
         if asked.path is not None and asked.path not in self._path_names:
             raise RequestError(
                 f"there is no path {asked.path[:100]!r}, only {', '.join(sorted(self._path_names))}."
@@ -102,9 +107,12 @@ class InferEndpoint:
             scores, version = answer.scores, answer.version
             finite = np.isfinite(scores)
             if not finite.all():
+                row = int(finite.argmin())
+                if asked.dense is None:
+                    return error(500, f"row {row}: path {answer.path} gives a score that is not a number.")
                 raise RequestError(
-                    f"row {int(finite.argmin())}: the score is not a number, since dense values are too "
-                    "large for the model. Scale them as the training data was scaled."
+                    f"row {row}: the score is not a number, since dense values are too large for the model. "
+                    "Scale them as the training data was scaled."
                 )
             parameters = {
                 "path": answer.path,
@@ -114,6 +122,14 @@ class InferEndpoint:
             }
         found, headers = self._protocol.write(asked, scores, parameters, version)
         return web.Response(body=found, headers=headers)
+
+    async def _read(self, body: bytes, header_length: int | None) -> InferRequest:
+        size = len(body) if header_length is None else header_length
+        if size <= THREAD_BYTES:
+            return self._protocol.read(body, header_length)
+        # One after the other: JSON takes many times its size while it is read.
+        async with self._reading:
+            return await asyncio.to_thread(self._protocol.read, body, header_length)
 
     async def _body(self, request: web.Request) -> bytes | web.Response:
         try:

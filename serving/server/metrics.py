@@ -37,7 +37,7 @@ class Metrics:
         self._shed = self._counter("shed_queries", "Queries refused.", ["reason"])
         self._failed = self._counter("failed_queries", "Queries that a worker could not score.", [])
         self._cache = self._counter(
-            "cache_lookups", "Distinct ids looked up in a cache.", ["path", "level", "result"]
+            "cache_lookups", "Ids looked up in a cache, equal ones each.", ["path", "level", "result"]
         )
         self._requests = self._counter("requests", "HTTP requests.", ["endpoint", "status"])
         self.swaps = self._counter("snapshot_swaps", "New snapshots that were put in service.", [])

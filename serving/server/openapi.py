@@ -9,14 +9,15 @@ VERSION = "1"
 
 _ERROR = {"$ref": "#/components/schemas/Error"}
 _DATATYPES = {"INT64": ["INT64", "INT32"], "FP32": ["FP32"]}
-_LARGEST_INT64 = 2**63 - 1
+_INT64 = {"type": "integer", "minimum": -(2**63), "maximum": 2**63 - 1}
 
 
-def document(protocol: Protocol, paths: list[str]) -> dict[str, Any]:
+def document(protocol: Protocol, paths: list[str], any_id: bool) -> dict[str, Any]:
     """The document.
 
     Args:
         paths: names of the paths that a request may force.
+        any_id: whether ids outside their tables are taken too.
     """
     model = f"/v2/models/{protocol.model}"
     found: dict[str, Any] = {
@@ -48,7 +49,7 @@ def document(protocol: Protocol, paths: list[str]) -> dict[str, Any]:
         "openapi": "3.1.0",
         "info": {"title": "tightrec: multi-path recommendation server", "version": VERSION},
         "paths": found,
-        "components": {"schemas": {**_schemas(), "InferRequest": _request(protocol, paths)}},
+        "components": {"schemas": {**_schemas(), "InferRequest": _request(protocol, paths, any_id)}},
     }
 
 
@@ -90,7 +91,7 @@ def _infer() -> dict[str, Any]:
     }
 
 
-def _request(protocol: Protocol, paths: list[str]) -> dict[str, Any]:
+def _request(protocol: Protocol, paths: list[str], any_id: bool) -> dict[str, Any]:
     inputs = protocol.metadata()["inputs"]
     output = _closed(
         {
@@ -114,7 +115,7 @@ def _request(protocol: Protocol, paths: list[str]) -> dict[str, Any]:
                 "type": "array",
                 "minItems": sum(not tensor["name"].endswith(".offsets") for tensor in inputs),
                 "maxItems": len(inputs),
-                "items": {"oneOf": [_tensor(tensor) for tensor in inputs]},
+                "items": {"oneOf": [_tensor(tensor, any_id) for tensor in inputs]},
             },
             "outputs": {"type": "array", "maxItems": 1, "items": output},
             "parameters": parameters,
@@ -123,13 +124,15 @@ def _request(protocol: Protocol, paths: list[str]) -> dict[str, Any]:
     )
 
 
-def _tensor(tensor: dict[str, Any]) -> dict[str, Any]:
+def _tensor(tensor: dict[str, Any], any_id: bool) -> dict[str, Any]:
     sizes = {"type": "array", "minItems": 1, "maxItems": 2, "items": {"type": "integer", "minimum": 0}}
     if tensor["datatype"] == "FP32":
         values: dict[str, Any] = {"type": "number"}
     else:
-        cardinality = tensor.get("parameters", {}).get("cardinality", _LARGEST_INT64)
-        values = {"type": "integer", "minimum": 0, "maximum": cardinality - 1}
+        values = {**_INT64, "minimum": 0}
+        if "parameters" in tensor:
+            cardinality = tensor["parameters"]["cardinality"]
+            values = _INT64 if any_id else {**values, "maximum": cardinality - 1}
     return _closed(
         {
             "name": {"type": "string", "enum": [tensor["name"]]},

@@ -7,7 +7,6 @@ read here, ids and dense values are checked by :class:`tightrec.snapshot.inputs.
 Legend: B rows of a request, Dn dense columns, H ids a row, N ids in all.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,9 @@ HEADER_LENGTH = "Inference-Header-Content-Length"
 """HTTP header: bytes of JSON in front of the binary tensors."""
 
 BINARY, JSON = "application/octet-stream", "application/json"
+
+MOST_TARGET_MS = 3_600_000.0
+"""Largest latency target of a request: an hour."""
 
 _MOST_ID = 1024
 """Characters of a request's id, which is echoed."""
@@ -227,8 +229,10 @@ def _id(value: Any) -> str | None:
 def _target(value: Any) -> float | None:
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not (0 < value < math.inf):
-        raise RequestError("the parameter 'target_ms' must be a number above 0.")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_TARGET_MS:
+        raise RequestError(
+            f"the parameter 'target_ms' must be a number above 0, and at most {MOST_TARGET_MS:.0f}."
+        )
     return float(value)
 
 

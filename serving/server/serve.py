@@ -10,11 +10,11 @@ import resource
 import signal
 import socket
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from aiohttp import web
 
+from tightrec.serving.loops import new_event_loop
 from tightrec.serving.paths import PathSet, read_paths
 from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
 from tightrec.serving.server import follow
@@ -25,6 +25,7 @@ from tightrec.serving.server.http_connections import limited
 from tightrec.serving.server.http_infer import InferEndpoint
 from tightrec.serving.server.metrics import Metrics
 from tightrec.serving.server.protocol import Protocol
+from tightrec.serving.workers.paths import fingerprint_of
 from tightrec.serving.workers.pool import WorkerPool
 from tightrec.snapshot.inputs import Inputs
 
@@ -47,7 +48,7 @@ def serve(config: ServeConfig, say: Say) -> int:
     """
     _allow_files(config.max_connections)
     paths = usable(read_paths(config.paths), config.cores, say)
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+    with asyncio.Runner(loop_factory=new_event_loop) as runner:
         return runner.run(_run(config, paths, say))
 
 
@@ -74,6 +75,14 @@ def usable(paths: PathSet, cores: int | None, say: Say) -> PathSet:
     if not kept:
         raise ValueError(f"every path takes more than {here} threads. Explore on this machine.")
     return dataclasses.replace(paths, devices=tuple(devices), paths=kept)
+
+
+def say_unmeasured(paths: PathSet, say: Say) -> None:
+    """A line for each snapshot that is not the one that was measured."""
+    prints = {folder: fingerprint_of(folder) for folder in {path.snapshot for path in paths.paths}}
+    other = [path.snapshot for path in paths.paths if path.fingerprint != prints[path.snapshot]]
+    for folder in dict.fromkeys(other):
+        say(f"snapshot {folder} is not the one that was measured: latencies and accuracies may be others")
 
 
 async def _run(config: ServeConfig, paths: PathSet, say: Say) -> int:
@@ -109,8 +118,10 @@ async def _start(config: ServeConfig, paths: PathSet, say: Say) -> tuple[Service
             batch_timeout_s=config.batch_timeout_s,
         )
 
+    settled = follow.settled(paths)
+    say_unmeasured(settled, say)
     pool = new_pool(False)
-    await pool.start(follow.settled(paths))
+    await pool.start(settled)
     metrics = Metrics([path.name for path in paths.paths])
     inputs = Inputs(*features, config.out_of_range, torch.device("cpu"))
     dispatcher = Dispatcher(scheduler, pool, metrics)
@@ -252,11 +263,3 @@ def _quiet_logger() -> logging.Logger:
     logger = logging.getLogger("tightrec.serving.http")
     logger.setLevel(logging.CRITICAL)
     return logger
-
-
-def _loop_factory() -> Any:
-    try:
-        import uvloop
-    except ImportError:
-        return None
-    return uvloop.new_event_loop

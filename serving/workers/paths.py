@@ -34,6 +34,15 @@ class _Loaded:
         return {level: (now[0] - old[0], now[1] - old[1]) for level, (old, now) in pairs.items()}
 
 
+def fingerprint_of(folder: Path | str) -> str | None:
+    """Of a snapshot, as :attr:`tightrec.serving.paths.ServingPath.fingerprint`; None: it has no manifest that
+    can be read."""
+    try:
+        return hashlib.sha256((Path(folder) / MANIFEST).read_bytes()).hexdigest()
+    except OSError:
+        return None
+
+
 class Paths:
     """Snapshots and caches of paths on one device; a snapshot that several paths share is loaded once.
 
@@ -41,20 +50,21 @@ class Paths:
         paths: ``name``, ``snapshot`` (folder), ``cache`` (fields of
             :class:`tightrec.serving.paths.CacheConfig`) and ``cache_file`` (or None) of each.
         device: ``cpu`` or ``cuda:N``.
+        keep_caches: write what is built for a cache, even where the file was for another snapshot.
 
     Raises:
         ValueError: a snapshot is damaged or absent, the device is not there; says which.
     """
 
-    def __init__(self, paths: Sequence[Mapping[str, Any]], device: str) -> None:
+    def __init__(self, paths: Sequence[Mapping[str, Any]], device: str, keep_caches: bool = True) -> None:
         self._device = torch.device(device)
-        snapshots: dict[str, Snapshot] = {}
+        snapshots: dict[str, tuple[Snapshot, str]] = {}
         self._paths: list[_Loaded] = []
         for path in paths:
             folder = path["snapshot"]
             if folder not in snapshots:
-                snapshots[folder] = load(folder, device)
-            self._paths.append(_with_cache(path, snapshots[folder]))
+                snapshots[folder] = _load(folder, device)
+            self._paths.append(_with_cache(path, *snapshots[folder], keep_caches))
         first = self._paths[0].snapshot
         self.dense = len(first.dense_names)
         self.sparse = len(first.features)
@@ -97,7 +107,16 @@ class Paths:
         return found, path.new_counts()
 
 
-def _with_cache(path: Mapping[str, Any], snapshot: Snapshot) -> _Loaded:
+def _load(folder: str, device: str) -> tuple[Snapshot, str]:
+    """A snapshot and its fingerprint, although it may be replaced in its place meanwhile."""
+    while True:
+        before = fingerprint_of(folder)
+        snapshot = load(folder, device)
+        if before is not None and fingerprint_of(folder) == before:
+            return snapshot, before
+
+
+def _with_cache(path: Mapping[str, Any], snapshot: Snapshot, fingerprint: str, keep: bool) -> _Loaded:
     hashed = snapshot.scorer.hashed
     if hashed is None:
         return _Loaded(name=path["name"], snapshot=snapshot, vectors=None, caches=None)
@@ -107,7 +126,6 @@ def _with_cache(path: Mapping[str, Any], snapshot: Snapshot) -> _Loaded:
         from tightrec.serving.caching import cache
 
         file = Path(path["cache_file"]) if path["cache_file"] else None
-        # Of what was loaded, which may be newer than what the path was measured with.
-        manifest = (Path(path["snapshot"]) / MANIFEST).read_bytes()
-        caches = cache.attach(hashed, config, file, hashlib.sha256(manifest).hexdigest())
+        # The fingerprint is of what was loaded, which may be newer than what the path was measured with.
+        caches = cache.attach(hashed, config, file, fingerprint, keep=keep)
     return _Loaded(name=path["name"], snapshot=snapshot, vectors=hashed.vectors, caches=caches)

@@ -159,13 +159,11 @@ class WorkerPool:
             found[group.device] += computing * group.threads
         return found
 
-    async def close(self, patience_s: float = 0.0) -> None:
-        """End all workers; batches get ``patience_s`` to finish, then they fail."""
+    async def close(self) -> None:
+        """End all workers; batches that they have fail."""
         self._closing = True
         for group in self._groups.values():
             group.idle.put_nowait(None)
-        if self._running and patience_s > 0:
-            await asyncio.wait(self._running, timeout=patience_s)
         for keeper in self._keepers:
             keeper.cancel()
         await asyncio.gather(*self._keepers, return_exceptions=True)
@@ -203,6 +201,8 @@ class WorkerPool:
             "device": group.device,
             "threads": group.threads,
             "background": self._background,
+            # A worker that is replaced may hold an older snapshot than another pool, whose caches are newer.
+            "keep_caches": not self._keepers,
         }
         worker = await Worker.start(name, values, self._start_timeout_s)
         group.workers[index] = worker
@@ -224,9 +224,10 @@ class WorkerPool:
             try:
                 await self._launch(group, index)
                 pause = FIRST_PAUSE_S
-            except (WorkerNotStarted, OSError) as error:
+            except Exception as error:  # whatever it is: nobody else would try again
                 pause = min(2 * pause, LONGEST_PAUSE_S)
-                logger.warning("%s The next attempt is in %g s.", error, pause)
+                told = error if isinstance(error, WorkerNotStarted | OSError) else repr(error)
+                logger.warning("%s The next attempt is in %g s.", told, pause)
 
 
 def groups_of(paths: PathSet, cores: int | None = None) -> dict[tuple[str, int], _Group]:

@@ -36,21 +36,21 @@ def _serve(connection: socket.socket) -> None:
     import json
 
     start = json.loads(bytes(_receive(connection)))
-    found: list[Paths | str] = []
+    found: list[Paths | dict[str, Any]] = []
     loading = threading.Thread(target=_load, args=(start, found.append))
     loading.start()
     loading.join()
     from tightrec.serving.workers.wire import json_message
 
     (paths,) = found
-    if isinstance(paths, str):
-        connection.sendall(json_message({"error": paths}))
+    if isinstance(paths, dict):
+        connection.sendall(json_message(paths))
         return
     paths.use_threads(start["threads"])
     try:
         paths.try_out()
     except (RuntimeError, ValueError, MemoryError) as error:
-        connection.sendall(json_message({"error": _sentence(error)}))
+        connection.sendall(json_message(_told(error)))
         return
     # What was loaded stays: the collector need not look through it at every later run.
     gc.collect()
@@ -66,9 +66,9 @@ def _load(start: dict[str, Any], done: Callable[[Any], None]) -> None:
     try:
         from tightrec.serving.workers.paths import Paths
 
-        done(Paths(start["paths"], start["device"]))
+        done(Paths(start["paths"], start["device"], start["keep_caches"]))
     except Exception as error:
-        done(_sentence(error))
+        done(_told(error))
 
 
 def _score_until_closed(connection: socket.socket, paths: "Paths") -> None:
@@ -84,7 +84,7 @@ def _score_until_closed(connection: socket.socket, paths: "Paths") -> None:
             place, batch, _ = read_batch(message, paths.dense, paths.sparse)
             scores, counts = paths.score(place, batch)
         except Exception as error:
-            scores, counts = nothing, {"error": _sentence(error)}
+            scores, counts = nothing, _told(error)
         # Compute time includes merging the queries.
         connection.sendall(b"".join(scores_message(scores, time.perf_counter_ns() - began, counts)))
 
@@ -103,6 +103,11 @@ def _exactly(connection: socket.socket, size: int) -> bytearray:
             raise EOFError
         left = left[count:]
     return buffer
+
+
+def _told(error: Exception) -> dict[str, Any]:
+    """``fault``: of this process or its machine, not of what it was given."""
+    return {"error": _sentence(error), "fault": not isinstance(error, ValueError)}
 
 
 def _sentence(error: BaseException) -> str:

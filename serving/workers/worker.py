@@ -12,6 +12,10 @@ from typing import Any
 from tightrec.serving.workers.wire import LENGTH, Buffer, Scores, batch_message, json_message, read_scores
 from tightrec.snapshot.inputs import Batch
 
+MOST_FAULTS = 3
+"""Batches in a row that a worker fails, not for what they hold, until it is replaced: the errors of a broken
+CUDA context, for one, never end."""
+
 _BUFFER_BYTES = 1 << 20
 
 
@@ -20,7 +24,16 @@ class WorkerFailed(Exception):
 
 
 class WorkerNotStarted(ValueError):
-    """A worker could not load its paths; the text says why."""
+    """A worker could not load its paths; the text says why.
+
+    Args:
+        text: a sentence.
+        lasting: whether its paths are to blame, so that another attempt would fail too.
+    """
+
+    def __init__(self, text: str, lasting: bool = False) -> None:
+        super().__init__(text)
+        self.lasting = lasting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +70,7 @@ class Worker:
         self.name, self.process = name, process
         self._reader, self._writer = reader, writer
         self._killed = False
+        self._faults = 0
         self.steps: dict[str, int] = {}
 
     @property
@@ -75,36 +89,37 @@ class Worker:
 
         Args:
             name: for messages.
-            values: ``paths``, ``device``, ``threads``, ``background``; see
+            values: ``paths``, ``device``, ``threads``, ``background``, ``keep_caches``; see
                 :mod:`tightrec.serving.workers.process`.
             timeout_s: after which it is killed.
 
         Raises:
             WorkerNotStarted: says why.
+            OSError: the system has no process or file left for it.
         """
         ours, theirs = socket.socketpair()
-        with theirs:
-            process = await asyncio.create_subprocess_exec(
-                sys.executable,
-                "-m",
-                "tightrec.serving.workers.process",
-                str(theirs.fileno()),
-                pass_fds=[theirs.fileno()],
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                env=_environment(values["threads"]),
-                # Ctrl-C in the terminal is for the parent, which answers what is in flight first.
-                start_new_session=True,
-            )
+        process: asyncio.subprocess.Process | None = None
         worker: Worker | None = None
         try:
+            with theirs:
+                starting = asyncio.ensure_future(_process(theirs.fileno(), values["threads"]))
+                # A start that is broken off would leave a process that nobody waits for.
+                cancelled = await _done(starting)
+                if cancelled is None or not (starting.cancelled() or starting.exception()):
+                    process = starting.result()
+            if cancelled is not None:
+                raise cancelled
+            assert process is not None
             reader, writer = await asyncio.open_connection(sock=ours, limit=_BUFFER_BYTES)
             worker = cls(name, process, reader, writer)
             await worker._load(values, timeout_s)
         except BaseException:
-            if worker is None:
+            if worker is not None:
+                await worker.end()
+            else:
                 ours.close()
-            await (worker.end() if worker else _end(process))
+                if process is not None:
+                    await _end(process)
             raise
         return worker
 
@@ -133,7 +148,15 @@ class Worker:
             self.kill()
             raise
         if "error" in said:
-            raise WorkerFailed(f"worker {self.name} could not score a batch ({said['error']}).")
+            self._faults += said["fault"]
+            replaced = self._faults >= MOST_FAULTS
+            if replaced:
+                self.kill()
+            raise WorkerFailed(
+                f"worker {self.name} could not score a batch ({said['error']})"
+                f"{' and is replaced' if replaced else ''}."
+            )
+        self._faults = 0
         return Scored(scores=_split(scores, queries), compute_ms=compute_ns / 1e6, caches=said)
 
     def kill(self) -> None:
@@ -160,7 +183,9 @@ class Worker:
             how = f"by signal {-status}; is memory short?" if status < 0 else f"with exit status {status}"
             raise WorkerNotStarted(f"worker {self.name} ended while it loaded, {how}.") from None
         if "error" in said:
-            raise WorkerNotStarted(f"worker {self.name} cannot load its paths: {said['error']}")
+            raise WorkerNotStarted(
+                f"worker {self.name} cannot load its paths: {said['error']}", lasting=not said["fault"]
+            )
         self.steps = said["steps"]
 
     async def _message(self) -> Buffer:
@@ -180,15 +205,35 @@ async def _end(process: asyncio.subprocess.Process) -> None:
     """Kill ``process`` and wait for it, even if the caller is cancelled meanwhile: it takes no time."""
     if process.returncode is None:
         process.kill()
-    waiting = asyncio.ensure_future(process.wait())
-    cancelled = None
-    while not waiting.done():
-        try:
-            await asyncio.shield(waiting)
-        except asyncio.CancelledError as error:
-            cancelled = error
+    cancelled = await _done(asyncio.ensure_future(process.wait()))
     if cancelled is not None:
         raise cancelled
+
+
+async def _done(task: "asyncio.Future[Any]") -> asyncio.CancelledError | None:
+    """Wait until ``task`` has ended, even if the caller is cancelled meanwhile, which is returned."""
+    cancelled = None
+    while not task.done():
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError as error:
+            cancelled = error
+    return cancelled
+
+
+async def _process(file: int, threads: int) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "tightrec.serving.workers.process",
+        str(file),
+        pass_fds=[file],
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.DEVNULL,
+        env=_environment(threads),
+        # Ctrl-C in the terminal is for the parent, which answers what is in flight first.
+        start_new_session=True,
+    )
 
 
 def _environment(threads: int) -> dict[str, str]:

@@ -52,7 +52,8 @@ def test_throughput_compares_every_setting(words: list[str], tmp_path: Path) -> 
     out = tmp_path / "out.json"
     quick = ["targets_ms=200", "multiples=1", "seeds=1", "run_s=0.3", "warmup_s=0.1", "rate=60"]
     done = bench("throughput", *words, *quick, "baseline=best", f"out={out}")
-    assert done.returncode == 0, done.stderr
+    # Whether a goal is met depends on the machine; that it was judged does not.
+    assert ": MISSED" in done.stdout if done.returncode == 1 else done.returncode == 0, done.stderr
     runs = json.loads(out.read_text())["runs"]
     settings = ["best", "quick", "best plain", "fastest", "random", "greedy", "multi"]
     assert [run["setting"] for run in runs] == settings
@@ -79,7 +80,7 @@ def test_agreement_sets_the_simulator_beside_servers(words: list[str], tmp_path:
     out = tmp_path / "out.json"
     quick = ["transport=http", "policies=multi", "multiples=0.3", "seeds=1", "run_s=0.5", "rate=60"]
     done = bench("agreement", *words, *quick, "target_ms=200", f"out={out}")
-    assert done.returncode == 0, done.stderr
+    assert ": MISSED" in done.stdout if done.returncode == 1 else done.returncode == 0, done.stderr
     runs = json.loads(out.read_text())["runs"]
     assert [run["policy"] for run in runs] == ["fixed:quick", "multi"]
     assert all(run[side]["in_target_rows_per_s"] > 0 for run in runs for side in ("predicted", "measured"))

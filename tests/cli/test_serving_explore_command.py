@@ -8,7 +8,7 @@ import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import psutil
 import pytest
@@ -17,7 +17,9 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "unit"))
 from explored import hashed_snapshot, prepare
 from snapshot_made import make_snapshot
 
-from tightrec.serving.paths import read_paths
+from tightrec.serving.explore import explorer
+from tightrec.serving.explore.measure import measure
+from tightrec.serving.paths import ServingPath, read_paths
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}
 QUICK = ["rows=[1,64]", "threads=1", "repeats=4", "least_repeats=2", "seconds=0.01", "cores=2"]
@@ -95,7 +97,11 @@ def test_a_mistake_is_told_with_status_2_and_nothing_is_written(made: Path, tmp_
         (["explore", table, out], "Give data=FOLDER, a prepared folder with its columns."),
         (["explore", table, rows, out, "devices=cuda:99"], "this machine has no cuda:99"),
         (["explore", f"snapshots={made / 'none'}", rows, out], "There is no snapshot"),
-        (["explore", table, rows, "out=/nowhere/p.json"], "There is no folder /nowhere for p.json."),
+        (
+            ["explore", table, rows, "out=/nowhere/p.json"],
+            "out=/nowhere/p.json: there is no folder /nowhere.",
+        ),
+        (["explore", table, rows, "out=/proc/p.json"], "out=/proc/p.json: the folder /proc takes no files"),
     ):
         done = serving(*words)
         assert (done.returncode, done.stdout) == (2, ""), words
@@ -104,11 +110,37 @@ def test_a_mistake_is_told_with_status_2_and_nothing_is_written(made: Path, tmp_
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_room_is_told_after_measuring_and_nothing_is_written(made: Path, tmp_path: Path) -> None:
+def test_a_relative_out_measures_with_the_cache_file_that_is_kept(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    there: list[bool] = []
+
+    def measured(path: ServingPath, *rest: Any, **more: Any) -> Any:
+        found = measure(path, *rest, **more)
+        assert path.cache_file is not None
+        there.append(Path(path.cache_file).is_absolute() and Path(path.cache_file).is_file())
+        return found
+
+    monkeypatch.setattr(explorer, "measure", measured)
+    monkeypatch.chdir(tmp_path)
+    words = [f"snapshots={made / 'dhe'}", f"data={made / 'rows'}", "out=p.json", "caches=[both]"]
+    done = serving("explore", *words, *QUICK)
+    assert done.returncode == 0, done.stderr
+    assert there == [True]
+    assert "could not be written" not in capfd.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "p.json",
+        "p.svg",
+        "p.dhe-fp32-both.safetensors",
+    }
+
+
+def test_no_room_is_told_before_latencies_and_nothing_is_written(made: Path, tmp_path: Path) -> None:
     words = [f"snapshots={made / 'table'}", f"data={made / 'rows'}", f"out={tmp_path / 'p.json'}"]
     done = serving("explore", *words, "memory=1KB", *QUICK)
     assert done.returncode == 2
     assert "device cpu: the smallest path needs " in done.stderr and "memory allows 1,000." in done.stderr
+    assert "table-int8 on cpu: accuracy" in done.stdout and "[1/1]" not in done.stdout
     assert list(tmp_path.iterdir()) == []
 
 
@@ -135,6 +167,7 @@ def child_of(process: subprocess.Popen[str], words: str) -> psutil.Process:
                 if words in " ".join(child.cmdline()):
                     return child
         time.sleep(0.1)
+    process.kill()
     raise AssertionError(f"no child {words}: {process.communicate()}")
 
 
@@ -142,8 +175,8 @@ def child_of(process: subprocess.Popen[str], words: str) -> psutil.Process:
     ("number", "status", "stage"),
     [
         (signal.SIGINT, 130, "spawn_main"),
-        (signal.SIGINT, 130, "worker_process"),
-        (signal.SIGTERM, 143, "worker_process"),
+        (signal.SIGINT, 130, "workers.process"),
+        (signal.SIGTERM, 143, "workers.process"),
     ],
 )
 def test_interrupted_it_leaves_no_file_and_no_process(

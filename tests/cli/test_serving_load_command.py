@@ -187,12 +187,14 @@ def test_a_warm_up_is_sent_and_not_counted(tmp_path: Path) -> None:
         (["data=nowhere"], "nowhere"),
         (["snapshot=nowhere"], "nowhere"),
         (["paths=nowhere.json"], "There is no file nowhere.json"),
-        (["out=nowhere/load.json"], "the folder nowhere does not exist"),
-        (["model=other"], "answers 404"),
+        (["out=nowhere/load.json"], "out=nowhere/load.json: there is no folder nowhere. Make it first."),
+        (["out=/proc/load.json"], "out=/proc/load.json: the folder /proc takes no files ("),
+        (["model=other"], " answers 404, there is no model 'other', only 'tightrec'.\n"),
+        (["path=c"], " has no such path, only a, b.\n"),
     ],
 )
 def test_mistakes_are_told_in_a_sentence(words: list[str], told: str) -> None:
-    with fake.serving(in_turns) as server:
+    with fake.serving(in_turns, paths="ab") as server:
         done = load(*words, f"url={server.url}", "duration_s=0.1", "pool_rows=10")
     assert done.returncode == 2
     assert told in done.stderr
@@ -214,7 +216,7 @@ def test_a_server_that_is_not_there_or_none_is_told() -> None:
         port = held.getsockname()[1]
     done = load(f"url=http://127.0.0.1:{port}")
     assert done.returncode == 2
-    assert "cannot be reached" in done.stderr
+    assert f"the server at http://127.0.0.1:{port} cannot be reached (connection refused). " in done.stderr
     with fake.serving(in_turns, [{"no": "name"}]) as server:
         done = load(f"url={server.url}")
     assert done.returncode == 2

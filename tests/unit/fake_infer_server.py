@@ -3,7 +3,7 @@
 import asyncio
 import json
 import threading
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -70,8 +70,10 @@ class FakeServer:
 
 
 @contextmanager
-def serving(handle: Handle, inputs: list[dict[str, Any]] | None = None) -> Iterator[FakeServer]:
-    """A server in a thread of its own, on a port of its own."""
+def serving(
+    handle: Handle, inputs: list[dict[str, Any]] | None = None, paths: Sequence[str] | None = None
+) -> Iterator[FakeServer]:
+    """A server in a thread of its own, on a port of its own; it tells the names of its ``paths``, if any."""
     fake = FakeServer()
     loop = asyncio.new_event_loop()
 
@@ -83,12 +85,21 @@ def serving(handle: Handle, inputs: list[dict[str, Any]] | None = None) -> Itera
         return await handle(query, len(fake.queries) - 1)
 
     async def describe(request: web.Request) -> web.Response:
-        return web.json_response({"name": "tightrec", "inputs": INPUTS if inputs is None else inputs})
+        model = request.match_info["model"]
+        if model != "tightrec":
+            told = f"there is no model {model!r}, only 'tightrec'."
+            return web.json_response({"error": told}, status=404)
+        return web.json_response({"name": model, "inputs": INPUTS if inputs is None else inputs})
+
+    async def status(request: web.Request) -> web.Response:
+        return web.json_response({"paths": [{"name": name} for name in paths or ()]})
 
     async def start() -> web.AppRunner:
         app = web.Application(client_max_size=2**26)
         app.router.add_post("/v2/models/tightrec/infer", infer)
-        app.router.add_get("/v2/models/tightrec", describe)
+        app.router.add_get("/v2/models/{model}", describe)
+        if paths is not None:
+            app.router.add_get("/api/status", status)
         runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -157,6 +157,23 @@ def test_words_that_the_job_sets_itself_are_refused(tmp_path: Path, word: str, t
         run_all(config, [*WORDS, word], Runs())
 
 
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("representation=dhe", "ab.representations names the representations"),
+        ("model.representation.kind=dhe", "ab.representations names the representations"),
+        ("++model.representation={kind:dhe}", "ab.representations names the representations"),
+        ("model.representation.hashes=64", None),
+    ],
+)
+def test_a_comparison_of_representations_takes_no_kind_for_all(
+    tmp_path: Path, word: str, told: str | None
+) -> None:
+    config = dataclasses.replace(once(*WORDS)[0], ab=AbConfig(representations=("table",), seeds=(1,)))
+    with pytest.raises(ValueError, match=told or "make a single run"):
+        run_all(config, [*WORDS, word], Runs())
+
+
 def test_a_folder_with_odd_characters_reaches_the_runs(tmp_path: Path) -> None:
     folder = tmp_path / "it's a=b, c"
     runs = Runs()

@@ -2,6 +2,8 @@
 
 import logging
 import os
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -139,3 +141,51 @@ def test_a_file_of_another_kind_is_unusable(tmp_path: Path) -> None:
         read(file)
     with pytest.raises(Unusable, match="there is no"):
         read(tmp_path / "absent")
+
+
+def test_a_file_built_from_stored_frequencies_is_not_taken_for_one_of_all(
+    tmp_path: Path, builds: list[Any]
+) -> None:
+    file = tmp_path / "cache.safetensors"
+    warm = frequencies(made_hashed())
+    found(made_hashed(), cache_file=file, warm=warm)
+    # The file has the hottest ids alone.
+    found(made_hashed(), cache_file=file, fingerprint="b")
+    assert sum(len(ids) for ids, _ in builds[1]) < sum(len(ids) for ids, _ in warm)
+    found(made_hashed(), cache_file=file, fingerprint="b")
+    assert len(builds) == 2
+    found(made_hashed(), cache_file=file, fingerprint="b", warm=warm)
+    assert len(builds) == 3
+
+
+def test_who_does_not_keep_leaves_a_file_of_another_snapshot(tmp_path: Path, builds: list[Any]) -> None:
+    file = tmp_path / "cache.safetensors"
+    found(made_hashed(), cache_file=file, keep=False)  # there was none: it is written
+    before = file.read_bytes()
+    after = found(made_hashed(1), cache_file=file, fingerprint="b", keep=False)
+    assert torch.equal(after, found(made_hashed(1), cache_file=None, fingerprint="b"))
+    assert file.read_bytes() == before and len(builds) == 3
+
+
+def test_of_several_that_start_together_one_builds(tmp_path: Path, builds: list[Any]) -> None:
+    file = tmp_path / "cache.safetensors"
+    wanted = found(made_hashed(), cache_file=None)
+    begin = threading.Barrier(3)
+
+    def start() -> torch.Tensor:
+        begin.wait()
+        return found(made_hashed(), cache_file=file)
+
+    with ThreadPoolExecutor(3) as threads:
+        for one in [threads.submit(start) for _ in range(3)]:
+            assert torch.equal(one.result(60), wanted)
+    assert len(builds) == 2 and os.listdir(tmp_path) == [file.name]
+
+
+def test_a_file_has_the_permissions_that_the_umask_leaves(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write(tmp_path / "some.safetensors", {"a": torch.zeros(1)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "some.safetensors").stat().st_mode & 0o777 == 0o640

@@ -40,7 +40,7 @@ def settings(made: Path, *snapshots: str, **more) -> ExploreConfig:
         ("1.5GiB", 3 * 2**29),
         ("512mb", 512 * 10**6),
         ("10 kB", 10_000),
-        ("7", 7),
+        ("1000000", 10**6),
         ("7B", 7),
     ],
 )
@@ -53,6 +53,7 @@ def test_sizes_of_memory(text, size):
     [
         ({"memory": ("4XB",)}, "memory=4XB: '4XB' is no size"),
         ({"memory": ("0",)}, "'0' is no size"),
+        ({"memory": ("cpu=4",)}, "memory=cpu=4 is 4 bytes. Write the unit, such as 4GB"),
         ({"memory": ("cpu=1GB", "cpu=2GB")}, "two limits for cpu"),
         ({"devices": ("gpu",)}, "devices: 'gpu' is not known"),
         ({"devices": ()}, "devices is empty"),
@@ -133,6 +134,11 @@ def test_snapshots_that_cannot_stand_beside_each_other_are_refused(made, tmp_pat
         open_snapshots([made / "table", made / "rows" / ".." / "table"])
     with pytest.raises(ValueError, match="There is no snapshot"):
         open_snapshots([made / "none"])
+    with pytest.raises(ValueError, match=r"Leave the quotes out: snapshots=\[A,B\]"):
+        open_snapshots([Path('"a"')])
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    with pytest.raises(ValueError, match=r"training run.* export checkpoint=.*/run out="):
+        open_snapshots([tmp_path / "run"])
 
 
 def test_a_damaged_snapshot_is_found_before_anything_is_measured(tmp_path):
@@ -179,9 +185,10 @@ def test_without_known_rows_a_folder_is_asked_for(made):
 def test_what_is_wrong_is_found_before_the_first_measurement(made, tmp_path):
     config = settings(made)
     for more, told in (
-        ({"out": tmp_path / "no" / "p.json"}, "There is no folder"),
+        ({"out": tmp_path / "no" / "p.json"}, "out=.*: there is no folder"),
         ({"out": tmp_path}, "is a folder"),
-        ({"plot": tmp_path / "no" / "p.svg"}, "There is no folder"),
+        ({"out": Path("/proc/p.json")}, "out=/proc/p.json: the folder /proc takes no files"),
+        ({"plot": tmp_path / "no" / "p.svg"}, "plot=.*: there is no folder"),
         ({"memory": ("cuda:0=1GB",)}, "cuda:0 is none of the devices, which are cpu"),
         ({"recorded": (tmp_path / "gpu.json",)}, "There is no file"),
     ):
@@ -221,13 +228,15 @@ def test_recorded_devices_are_marked_and_their_names_differ_from_those_here(tmp_
 
 
 def test_measured_and_recorded_paths_come_together(made, tmp_path):
-    config = settings(made, recorded=(recorded_file(tmp_path, "cuda:0"),), memory=("cuda:0=10",))
+    config = settings(made, recorded=(recorded_file(tmp_path, "cuda:0"),), memory=("cuda:0=10B",))
     found = explorer.choose(config, explorer.gather(config), [path("a"), path("b", ms=(9.0, 9.0, 90.0))])
     assert [(device.name, device.recorded) for device in found.devices] == [("cpu", False), ("cuda:0", True)]
     assert [p.name for p in found.paths] == ["a", "table-fp16-cuda:0-1"]
     assert [p.name for p, _ in found.dropped] == ["b", "slow-cuda:0-1"]
     assert found.device("cuda:0").memory_bytes == 10
     assert found.notes["rows"]["quality"] == 600
+    with pytest.raises(ValueError, match="cuda:0: the smallest path needs 10 bytes"):
+        explorer.gather(dataclasses.replace(config, memory=("cuda:0=9B",)))
 
 
 def test_what_is_written_names_places_that_can_move_together(made, tmp_path):
@@ -257,7 +266,10 @@ def test_what_is_written_names_places_that_can_move_together(made, tmp_path):
 
 
 def shown() -> PathSet:
-    note = {"hits": {"encoder": 0.91}, "change": {"accuracy": -0.0001, "auc": 0.0, "ne": 0.0002}}
+    note = {
+        "hits": {"encoder": 0.91, "decoder": 1.0},
+        "change": {"accuracy": -0.0001, "auc": 0.0, "ne": 0.0002},
+    }
     long = path("dhe-int8-" + "x" * 40 + "-cpu-1-both", accuracy=0.8, notes={"cache": note})
     gpu = path("table-fp16-cuda:0-1", device="cuda:0")
     return PathSet(
@@ -276,7 +288,8 @@ def test_the_table_is_narrow_and_says_what_is_kept_recorded_and_dropped():
     text = "\n".join(lines)
     assert "cpu: 2 slots, memory 1,000 MB, measured here; kept, by accuracy:" in text
     assert "cuda:0: 1 slots, recorded on another machine; kept, by accuracy:" in text
-    assert "encoder 91.0%; accuracy -0.010 points" in text
+    shares = "encoder 91.0% of the ids, decoder 100.0% of the rest"
+    assert f"    {shares}; accuracy -0.010 points, AUC +0.00000, NE +0.00020" in lines
     assert lines.index("not kept:") < next(i for i, line in enumerate(lines) if line.startswith("gone"))
 
 

@@ -110,6 +110,13 @@ def test_no_room_for_any_path_says_the_smallest_need_and_the_limit():
         fit_memory(device(19), [path("a", memory_bytes=10), path("b", memory_bytes=1000)], "accuracy")
 
 
+def test_a_path_that_does_not_fit_drops_none_that_does():
+    large, small = path("large", accuracy=0.9, memory_bytes=1000), path("small", memory_bytes=10)
+    kept = keep(device(20), [large, small], "accuracy")
+    assert names(kept.paths) == ["small"]
+    assert kept.dropped == ((large, "no room: it needs 2,000 of the 20 on cpu"),)
+
+
 def test_cost_is_slot_time_a_row_at_the_best_throughput():
     assert cost_a_row(path(ms=(1.0, 2.0, 40.96))) == pytest.approx(0.01)
     assert cost_a_row(path(ms=(1.0, 2.0, 40.96), threads=2)) == pytest.approx(0.02)

@@ -192,7 +192,7 @@ def test_overload_does_not_shrink_what_is_served(row_us: float, batch_rows: int)
         queries = poisson(load * capacity, 5000 / (load * capacity), 10)
         done = simulate(paths, SchedulerConfig(batch_rows=batch_rows), queries, ProfileDurations())
         served.append(done.summary(paths, done.finished_s).correct_rows_per_s)
-    assert served[1] > 0.95 * served[0]
+    assert served[1] > 0.92 * served[0]
 
 
 def test_a_gpu_beside_the_cpu_is_used_and_helps() -> None:

@@ -143,6 +143,8 @@ def test_the_answer_echoes_the_id_and_has_the_scores_as_json_or_binary():
         (body(DENSE, USER, GENRES, parameters={"target": 1}), "'target' is not known"),
         (body(DENSE, USER, GENRES, parameters={"target_ms": 0}), "'target_ms'"),
         (body(DENSE, USER, GENRES, parameters={"target_ms": "5"}), "'target_ms'"),
+        (body(DENSE, USER, GENRES, parameters={"target_ms": 3_600_001}), "at most 3600000"),
+        (body(DENSE, USER, GENRES, parameters={"target_ms": 1e308}), "at most 3600000"),
         (body(DENSE, USER, GENRES, parameters={"target_ms": True}), "'target_ms'"),
         (body(DENSE, USER, GENRES, parameters={"path": 1}), "'path'"),
         (body(DENSE, USER, GENRES, parameters={"binary_data_output": 1}), "'binary_data_output'"),

@@ -14,13 +14,13 @@ from tightrec.formats.schema import Schema, SparseColumn
 from tightrec.serving.load.client import reply_of
 from tightrec.serving.load.open_loop import Reply
 from tightrec.serving.load.requests import (
-    HEADER_LENGTH,
     InferRequests,
     parameters_of,
     read_answer,
     synthetic_columns,
 )
 from tightrec.serving.load.rows import require_inputs, told_schema
+from tightrec.serving.open_inference import HEADER_LENGTH
 
 TOLD = {"inputs": fake.INPUTS}
 

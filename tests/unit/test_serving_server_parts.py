@@ -37,6 +37,10 @@ class StubPool:
         self.gate = asyncio.Event()
         self.gate.set()
         self.ran: list[tuple[str, list[int]]] = []
+        self.alive = [1, 2]
+
+    def pids(self) -> list[int]:
+        return self.alive
 
     def can_run(self, path: ServingPath) -> bool:
         return path.name not in self.down
@@ -109,6 +113,68 @@ def test_a_batch_without_scores_is_told_to_all_its_queries_and_its_slots_are_fre
             assert isinstance(result, raised) and said in str(result)
         pool.error = None
         assert len((await ask(dispatcher)).scores) == 4
+
+    dispatching(work)
+
+
+def test_a_path_whose_batches_fail_is_left_for_one_that_works():
+    async def work(dispatcher: Dispatcher, pool: StubPool) -> None:
+        pool.error = WorkerFailed("a device that is gone.")
+        for _ in range(3):
+            with pytest.raises(WorkerFailed):
+                await ask(dispatcher)
+        pool.error = None
+        assert (await ask(dispatcher)).path == "one"
+        assert (await ask(dispatcher, path="two")).path == "two"
+
+    dispatching(work, policy="greedy")
+
+
+def test_a_batch_that_may_have_waited_for_a_worker_teaches_nothing():
+    async def work(dispatcher: Dispatcher, pool: StubPool) -> None:
+        for alive, learns in (([1], False), ([1, 2], True)):
+            pool.alive = alive
+            pool.gate.clear()
+            asked = ask(dispatcher, path="two")
+            await asyncio.sleep(0.1)
+            pool.gate.set()
+            await asked
+            assert (dispatcher.scheduler.correction("two") != 1.0) == learns
+
+    dispatching(work)
+
+
+def test_a_scheduler_that_fails_leaves_nobody_waiting(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    caplog.set_level(logging.CRITICAL)
+
+    async def work(dispatcher: Dispatcher, pool: StubPool) -> None:
+        pool.gate.clear()
+        running = ask(dispatcher, path="two")
+        await asyncio.sleep(0.01)
+        waiting = ask(dispatcher, path="two")
+        await asyncio.sleep(0.01)
+        with monkeypatch.context() as broken:
+            broken.setattr(dispatcher.scheduler, "_start", lambda *_: 1 // 0)
+            asked = ask(dispatcher, path="two")
+            for one in (waiting, asked):
+                with pytest.raises(WorkerFailed, match="the scheduler failed"):
+                    await one
+        pool.gate.set()
+        assert len((await running).scores) == len((await ask(dispatcher)).scores) == 4
+        assert not dispatcher.busy
+
+    dispatching(work)
+
+
+def test_a_query_whose_start_raises_is_forgotten(monkeypatch: pytest.MonkeyPatch):
+    async def work(dispatcher: Dispatcher, pool: StubPool) -> None:
+        with monkeypatch.context() as broken:
+            broken.setattr(dispatcher, "_advance", lambda: 1 // 0)
+            with pytest.raises(ZeroDivisionError):
+                await ask(dispatcher)
+        assert not dispatcher.busy
 
     dispatching(work)
 

@@ -93,6 +93,9 @@ def run_all(config: JobConfig, words: Sequence[str], run_one: RunOne) -> int:
 
 def _refuse_ours(ab: AbConfig, words: Sequence[str]) -> None:
     ours = {**_OURS, ab.varied.removesuffix("s"): f"ab.{ab.varied} names the {ab.varied}"}
+    if ab.varied == "representations":
+        # A value overrides what the group chose: every run would have the same kind under another name.
+        ours |= dict.fromkeys(("model.representation", "model.representation.kind"), ours["representation"])
     for word in words:
         key = word.lstrip("+~").partition("=")[0]
         if key in ours and word != "resume=auto":
