@@ -79,8 +79,7 @@ def locked(file: Path | None) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
-        if folder is not None:
-            os.close(folder)
+        pass
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -104,7 +104,7 @@ class Follower:
             await asyncio.sleep(self._every_s)
             try:
                 await self._look()
-            except (ValueError, OSError) as error:  # whatever it is: later snapshots must not be missed
+            except Exception as error:  # whatever it is: later snapshots must not be missed
                 self._note("snapshots could not be followed", error)
 
     async def _look(self) -> None:
