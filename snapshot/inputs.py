@@ -27,7 +27,10 @@ from torch import Tensor
 from tightrec.snapshot.manifest import Feature
 
 Ids = NDArray[np.int64]
-_MAPPED = "map unknown ids to known ones before, or load with out_of_range='overflow'"
+_MAPPED = (
+    "map unknown ids to known ones before, or ask for out_of_range=overflow where the snapshot is loaded or "
+    "served"
+)
 
 
 @dataclass(frozen=True, kw_only=True)

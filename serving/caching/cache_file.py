@@ -79,7 +79,8 @@ def locked(file: Path | None) -> Iterator[None]:
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
-        pass
+        if folder is not None:
+            os.close(folder)
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

@@ -95,7 +95,9 @@ class Protocol:
         try:
             values = orjson.loads(memoryview(body)[:header_length])
         except orjson.JSONDecodeError as error:
-            raise RequestError(f"the body does not begin with valid JSON: {error}.") from None
+            raise RequestError(
+                f"the body, or its JSON part, is not valid JSON ({error}). JSON has no word for NaN or Inf."
+            ) from None
         if not isinstance(values, dict):
             raise RequestError("the body must be a JSON object with a list `inputs`.")
         tensors = Tensors(values.get("inputs"), memoryview(body)[header_length:]).read()
@@ -191,7 +193,10 @@ class Protocol:
             ids = left.pop(feature.name, None)
             offsets = left.pop(f"{feature.name}.offsets", None)
             if ids is None:
-                raise RequestError(f"input {feature.name!r} is missing: {self._inputs()}")
+                known = {self.dense_name, *(f.name for f in self.sparse)}
+                odd = [name[:100] for name in tensors if name.removesuffix(".offsets") not in known]
+                unknown = f" (and {odd[0]!r} is not known)" if odd else ""
+                raise RequestError(f"input {feature.name!r} is missing{unknown}: {self._inputs()}")
             if ids.dtype.kind != "i" or (offsets is not None and offsets.dtype.kind != "i"):
                 raise RequestError(f"input {feature.name!r} must be INT64 or INT32.")
             sparse[feature.name] = ids if offsets is None else (ids, offsets)

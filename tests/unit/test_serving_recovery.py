@@ -70,7 +70,7 @@ def test_a_worker_that_fails_whatever_it_is_given_is_replaced(errors: list[Excep
 
     async def work() -> None:
         ours, theirs = socket.socketpair()
-        thread = threading.Thread(target=serve, args=(theirs,))
+        thread = threading.Thread(target=serve, args=(theirs,), daemon=True)
         thread.start()
         reader, writer = await asyncio.open_connection(sock=ours)
         stub: Any = SimpleNamespace(pid=1, returncode=None, kill=lambda: None)
