@@ -8,11 +8,12 @@ import bisect
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+from tightrec.serving.whole_files import write_whole
 
 FORMAT = "tightrec paths"
 """First value of every file of paths."""
@@ -243,12 +244,7 @@ class PathSet:
 def write_paths(paths: PathSet, file: Path) -> None:
     """Write ``paths`` whole or not at all."""
     values = {"format": FORMAT, "format_version": FORMAT_VERSION, **dataclasses.asdict(paths)}
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, json.dumps(values, indent=1, allow_nan=False) + "\n")
 
 
 def read_paths(file: Path) -> PathSet:

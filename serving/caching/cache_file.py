@@ -13,6 +13,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from tightrec.serving.whole_files import write_whole
+
 FORMAT = "tightrec cache 1"
 """Of the layout; a file of another one is built anew."""
 
@@ -33,12 +35,7 @@ def write(file: Path, tensors: Mapping[str, Tensor], values: Mapping[str, str]) 
     """
     kept = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     metadata = json.dumps({**values, "format": FORMAT, "digest": _digest(kept)})
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_bytes(save(kept, {_KEY: metadata}))
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, save(kept, {_KEY: metadata}))
 
 
 def read(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import os
 import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from tightrec.serving.paths import PathSet, read_paths
 from tightrec.serving.scheduling.scheduler import Query
 from tightrec.serving.scheduling.simulate_config import SimulateConfig, parse_device
 from tightrec.serving.scheduling.simulator import ProfileDurations, merged, scaled, simulate
+from tightrec.serving.whole_files import write_whole
 
 Say = Callable[[str], None]
 
@@ -137,9 +137,4 @@ def _plain(record: Any) -> dict[str, Any]:
 
 
 def _write(file: Path, values: dict[str, Any]) -> None:
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(json.dumps(values, indent=1, allow_nan=False) + "\n")
-        partial.rename(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_whole(file, json.dumps(values, indent=1, allow_nan=False) + "\n")

@@ -6,15 +6,13 @@ from collections.abc import Awaitable, Callable, Mapping
 import orjson
 from aiohttp import web
 
+from tightrec.serving.open_inference import SHED
 from tightrec.serving.server.dispatch import Refused
 from tightrec.serving.server.metrics import Metrics
 from tightrec.serving.server.tensors import RequestError
 from tightrec.serving.workers.pool import WorkerFailed
 
 logger = logging.getLogger(__name__)
-
-SHED = "X-Shed"
-"""HTTP header of an answer 503: why the query was not scored, in a word."""
 
 RETRY_AFTER_S = 1
 

@@ -15,14 +15,9 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
+from tightrec.serving.open_inference import HEADER_LENGTH, OUTPUT
 from tightrec.serving.server.tensors import RequestError, Tensors, is_whole
 from tightrec.snapshot.manifest import Feature
-
-OUTPUT = "probability"
-"""Name of the one output, FP32 [B]."""
-
-HEADER_LENGTH = "Inference-Header-Content-Length"
-"""HTTP header: bytes of JSON in front of the binary tensors."""
 
 BINARY, JSON = "application/octet-stream", "application/json"
 
