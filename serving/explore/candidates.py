@@ -14,14 +14,11 @@ from tightrec.formats.run_folder import CHECKPOINTS, RUN_FILE
 from tightrec.formats.schema import SCHEMA_FILE, Schema, SparseColumn, load_schema
 from tightrec.serving.explore.config import CPU, ExploreConfig
 from tightrec.serving.paths import CacheConfig
+from tightrec.serving.snapshot_words import hashed_features, precision_of, representation_of
 from tightrec.snapshot.manifest import MANIFEST, SnapshotManifest, read_manifest
-from tightrec.snapshot.precision import LAYER_TYPES, TABLE_TYPES
 from tightrec.snapshot.rows import read_rows
 from tightrec.snapshot.store import check
 
-_DHE_LAYER = re.compile(r"dhe\.(?P<feature>.+)\.\d+")
-_ORDER = tuple(dict.fromkeys((*reversed(TABLE_TYPES), *reversed(LAYER_TYPES))))
-_MOST_TYPES = 2
 _APART = "Paths of one file serve one model's inputs: explore them apart."
 
 
@@ -58,7 +55,7 @@ class Opened:
     @property
     def hashed(self) -> frozenset[str]:
         """Names of the features with a deep-hash embedding."""
-        return frozenset(_hashed_features(self.manifest))
+        return frozenset(hashed_features(self.manifest))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,32 +182,6 @@ def read_held_out(config: ExploreConfig, snapshot: Opened) -> HeldOut:
         if len(others) >= max(config.rows):
             latency, source = others, f"{source}, timed on split {config.latency_split}"
     return HeldOut(quality=quality, latency=latency, source=source)
-
-
-def representation_of(manifest: SnapshotManifest) -> str:
-    """How the features are represented, in a word."""
-    described = manifest.model.get("representation") or {}
-    tables = {table.name.removeprefix("t_") for table in manifest.tables}
-    hashed = _hashed_features(manifest)
-    kinds = {
-        "hybrid" if name in tables and name in hashed else "dhe" if name in hashed else "table"
-        for name in (feature.name for feature in manifest.sparse)
-    }
-    if described.get("kind") == "select" and not described.get("features"):
-        return "select"
-    return kinds.pop() if len(kinds) == 1 else "mixed"
-
-
-def precision_of(manifest: SnapshotManifest) -> str:
-    """The types of tables and layers, the smallest first."""
-    plan = manifest.precision
-    used = {*plan.tables.values(), *plan.layers.values()}
-    kinds = [kind for kind in _ORDER if kind in used]
-    return "+".join(kinds) if len(kinds) <= _MOST_TYPES else "mixed"
-
-
-def _hashed_features(manifest: SnapshotManifest) -> set[str]:
-    return {match["feature"] for name in manifest.layers if (match := _DHE_LAYER.fullmatch(name))}
 
 
 def _require_no_slip(named: Path, folder: Path) -> None:

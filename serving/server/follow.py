@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tightrec.serving.paths import PathSet
 from tightrec.serving.server.app import Service
+from tightrec.serving.snapshot_words import precision_of, representation_of
 from tightrec.serving.workers.pool import WorkerPool
 from tightrec.serving.workers.worker import WorkerNotStarted
 from tightrec.snapshot.manifest import MANIFEST, Feature, read_manifest
@@ -18,6 +19,9 @@ logger = logging.getLogger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 1.0, 300.0
 """Between attempts to load a snapshot that is not to blame itself: doubled from the first to the longest."""
+
+MOST_ABSENT = 3
+"""Looks in a row that find a snapshot missing, until that is said: one may be just being replaced."""
 
 Identity = tuple[str, int, int]
 """Of a snapshot: its folder, its manifest's inode and time of change."""
@@ -97,6 +101,7 @@ class Follower:
         self._every_s, self._say = every_s, say
         self._failed: dict[str, Identity] | None = None
         self._pause_s, self._again = FIRST_PAUSE_S, math.inf
+        self._absent = 0
 
     async def run(self) -> None:
         """Until it is cancelled."""
@@ -110,7 +115,15 @@ class Follower:
     async def _look(self) -> None:
         seen = await asyncio.to_thread(identities, self._paths)
         if seen is None:
+            self._absent += 1
+            if self._absent == MOST_ABSENT:
+                gone = [path.snapshot for path in self._paths.paths if not _is_there(path.snapshot)]
+                named = ", ".join(dict.fromkeys(gone)) or "a snapshot"
+                self._note(
+                    "what was loaded goes on", ValueError(f"{named} is not there, or its link leads nowhere.")
+                )
             return
+        self._absent = 0
         if seen == self._serving:
             self._service.swap_note = None
             return
@@ -118,6 +131,20 @@ class Follower:
             self._failed, self._pause_s, self._again = None, FIRST_PAUSE_S, -math.inf
         if time.monotonic() >= self._again:
             await self._replace(seen)
+
+    def _compare(self, name: str, folder: str) -> None:
+        """Say if the path ``name`` has become another kind of model than the one that was measured."""
+        path = self._paths.path(name)
+        try:
+            manifest = read_manifest(Path(folder))
+        except ValueError:
+            return
+        found = (representation_of(manifest), precision_of(manifest))
+        if found != (path.representation, path.precision):
+            self._say(
+                f"path {name} was measured as {path.representation} {path.precision} and is {found[0]} "
+                f"{found[1]} now: its latencies and accuracy are of another model. Explore again."
+            )
 
     def _note(self, what: str, error: Exception) -> None:
         """Say what stands on the page from now on, once."""
@@ -149,17 +176,25 @@ class Follower:
                 self._note(told, error)
                 self._pause_s = min(2 * self._pause_s, LONGEST_PAUSE_S)
             return
+        changed = [name for name in seen if self._serving is None or seen[name] != self._serving.get(name)]
         self._serving, self._failed = seen, None
         before = service.dispatcher.swap(pool)
         service.restarts_before += before.pool.restarts
         service.protocol.version = service.dispatcher.current.version
         service.swap_note = None
         service.metrics.swaps.inc()
-        self._say(f"a new snapshot is in service: version {service.protocol.version}")
+        folders = ", ".join(dict.fromkeys(seen[name][0] for name in changed))
+        self._say(f"a new snapshot is in service: version {service.protocol.version}, {folders}")
+        for name in changed:
+            await asyncio.to_thread(self._compare, name, seen[name][0])
         try:
             await before.idle()
         finally:
             await before.pool.close()
+
+
+def _is_there(snapshot: str) -> bool:
+    return (Path(snapshot) / MANIFEST).is_file()
 
 
 def _lasting(error: Exception) -> bool:

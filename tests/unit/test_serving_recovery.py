@@ -178,7 +178,7 @@ class Watched:
         paths = made_set([made_path("only", "x")])
         made: Any = follow.Follower(
             paths,
-            {"only": 0},
+            {"only": ("step-0", 0, 0)},
             (),
             self.service,
             lambda: self,
@@ -190,7 +190,7 @@ class Watched:
     def _identities(self, paths: Any) -> Any:
         if isinstance(self.seen, Exception):
             raise self.seen
-        return {"only": self.seen}
+        return None if self.seen is None else {"only": (f"step-{self.seen}", self.seen, 0)}
 
     async def start(self, paths: Any) -> None:
         error = next(self.outcomes)
@@ -267,6 +267,42 @@ def test_the_follower_outlives_links_that_cannot_be_followed(monkeypatch: pytest
         await watched.until(lambda: watched.swaps)
 
     following(watched, work())
+
+
+def test_a_link_that_leads_nowhere_is_said_once(monkeypatch: pytest.MonkeyPatch):
+    watched = Watched([None], monkeypatch)
+    watched.seen = None  # type: ignore[assignment]
+
+    async def work() -> None:
+        await watched.until(lambda: watched.said)
+        await asyncio.sleep(0.02)
+        assert watched.said == [watched.service.swap_note]
+        assert "x is not there, or its link leads nowhere" in watched.said[0]
+        watched.seen = 0
+        await watched.until(lambda: watched.service.swap_note is None)
+
+    following(watched, work())
+
+
+def test_a_path_that_becomes_another_kind_of_model_is_named(monkeypatch: pytest.MonkeyPatch):
+    watched = Watched([None, None], monkeypatch)
+    measured = made_path("only", "x")
+    kinds = [(measured.representation, measured.precision), ("hybrid", "int8")]
+    monkeypatch.setattr(follow, "read_manifest", lambda folder: folder)
+    for number, (representation, precision) in enumerate(kinds, start=1):
+        monkeypatch.setattr(follow, "representation_of", lambda _, found=representation: found)
+        monkeypatch.setattr(follow, "precision_of", lambda _, found=precision: found)
+        watched.seen = number
+
+        async def work(wanted: int = number) -> None:
+            await watched.until(lambda: watched.swaps == wanted)
+            await asyncio.sleep(0.02)
+
+        following(watched, work())
+    assert [line.partition(":")[0] for line in watched.said[:2]] == ["a new snapshot is in service"] * 2
+    assert "version 2, step-1" in watched.said[0] and "version 2, step-2" in watched.said[1]
+    assert len(watched.said) == 3 and "path only was measured as" in watched.said[2]
+    assert "and is hybrid int8 now" in watched.said[2]
 
 
 def test_a_worker_says_whether_its_paths_are_to_blame(tmp_path: Path):
