@@ -191,6 +191,8 @@ def test_interrupted_it_leaves_no_file_and_no_process(
         text=True,
         env=ENVIRONMENT,
         start_new_session=True,
+        # A test run in the background has SIGINT ignored, and so would what it starts.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     try:
         child = child_of(process, stage)
