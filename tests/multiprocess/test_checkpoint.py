@@ -207,8 +207,10 @@ def test_after_sigkill_at_a_random_moment_the_last_complete_one_loads(tmp_path: 
     reached = []
     for attempt in range(3):
         folder = tmp_path / str(attempt)
+        # Later and later, so that a busy machine has saved something more by the last one.
+        delay_ms = moments.uniform(5, 300) * 4**attempt
         with pytest.raises(RankFailure, match="exit code -9"):
-            run_ranks(2, _save_until_killed, folder, moments.uniform(5, 300), attempt % 2)
+            run_ranks(2, _save_until_killed, folder, delay_ms, attempt % 2)
         for path in files.find_checkpoints(folder):
             files.verify(path)
         reached.append(run_ranks(2, _load_newest, folder)[0])
