@@ -293,19 +293,21 @@ def write_record(folder: Path, plain: Mapping[str, Any], overrides: Sequence[str
     record = folder / ".hydra"
     record.mkdir(parents=True, exist_ok=True)
     (record / "config.yaml").write_text(yaml(plain) + "\n")
-    words = [*_recorded_overrides(overrides), *overrides]
+    # Not from where resume= points by now: a link such as runs/latest moves when another job starts.
+    words = [*_recorded_overrides(overrides, folder), *overrides]
     kept = [word for word in words if not word.startswith("resume=")]
     (record / "overrides.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(kept)))
 
 
-def _recorded_overrides(overrides: Sequence[str]) -> list[str]:
+def _recorded_overrides(overrides: Sequence[str], run: Path | None = None) -> list[str]:
+    """The overrides of the run that ``overrides`` resume; ``run`` is its folder where it is known."""
     folders = [word.removeprefix("resume=") for word in overrides if word.startswith("resume=")]
     if not folders or folders[-1] in ("null", "", "auto"):
         return []
     folder = Path(folders[-1])
     if folder.parent.name == CHECKPOINTS:
         folder = folder.parent.parent
-    recorded = folder / ".hydra" / "overrides.yaml"
+    recorded = (run or folder) / ".hydra" / "overrides.yaml"
     if not recorded.is_file():
         raise ValueError(
             f"resume={folders[-1]}: {recorded} does not exist, so this is not the folder of a run. Give the "

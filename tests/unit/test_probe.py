@@ -146,10 +146,13 @@ def test_a_probe_without_a_click_measures_nothing(monkeypatch: pytest.MonkeyPatc
 
 
 class _Dense(nn.Module):
-    """Stands for a DLRM: the logit is the sum of a row's columns."""
+    """Stands for a DLRM: the logit is the sum of a row's columns, and of its hashed vectors."""
 
-    def from_pooled(self, dense: Tensor, pooled: KeyedTensor) -> Tensor:
-        return pooled.values().sum(1) + dense.sum(1)
+    def hashed(self, sparse: Tensor) -> list[Tensor]:
+        return [sparse]
+
+    def from_pooled(self, dense: Tensor, pooled: KeyedTensor, hashed: list[Tensor]) -> Tensor:
+        return pooled.values().sum(1) + dense.sum(1) + sum(each.sum(1) for each in hashed)
 
 
 def test_padding_rows_do_not_count_in_a_probes_loss(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -174,6 +177,7 @@ def test_padding_rows_do_not_count_in_a_probes_loss(monkeypatch: pytest.MonkeyPa
         weights = torch.tensor([1.0, 1, 1, 0])[:rows]
         labels = torch.tensor([1.0, 0, 1, 0])[:rows]
         batch = SimpleNamespace(dense=torch.ones(rows, 1), labels=labels, weights=weights)
+        batch.sparse = torch.full((rows, 2), 0.25)
         watch.end(5, batch)  # type: ignore[arg-type]
     padded, whole = seen
     assert padded == whole

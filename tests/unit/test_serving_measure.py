@@ -2,12 +2,12 @@
 
 import asyncio
 import dataclasses
-from contextlib import suppress
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
+from child_processes import children
 from explored import hashed_snapshot, path, prepare
 from snapshot_made import make_snapshot
 
@@ -50,17 +50,14 @@ def task(folder: Path, **more) -> Task:
     return Task(snapshot=folder, **(values | more))
 
 
-def children() -> list[int]:
-    """Processes that still run; the resource tracker of multiprocessing stays as long as this one."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.NoSuchProcess):
-            if "resource_tracker" not in " ".join(child.cmdline()):
-                found.append(child.pid)
-    return found
+@pytest.fixture
+def no_child_left() -> Iterator[None]:
+    before = children()
+    yield
+    assert children() <= before
 
 
-def test_figures_are_those_of_the_loaded_snapshot(made):
+def test_figures_are_those_of_the_loaded_snapshot(made, no_child_left):
     config = settings(made)
     (opened,) = open_snapshots(config.snapshots)
     rows = read_held_out(config, opened).quality
@@ -76,7 +73,6 @@ def test_figures_are_those_of_the_loaded_snapshot(made):
     entropy = -(rate * np.log(rate) + (1 - rate) * np.log(1 - rate))
     assert found.ne == pytest.approx(losses.mean() / entropy, rel=1e-5)
     assert found.rows == 600 and found.hits == {} and found.memory_bytes > 0
-    assert children() == []
 
 
 def test_a_cache_is_judged_and_its_file_made(made, tmp_path):
@@ -96,7 +92,7 @@ def test_a_cache_is_judged_and_its_file_made(made, tmp_path):
     assert abs(found.ne - plain.ne) < 0.5
 
 
-def test_a_process_that_takes_too_long_or_dies_or_refuses_is_told_and_gone(made, tmp_path):
+def test_a_process_that_takes_too_long_or_dies_or_refuses_is_told_and_gone(made, tmp_path, no_child_left):
     config = settings(made)
     (opened,) = open_snapshots(config.snapshots)
     rows = read_held_out(config, opened).quality
@@ -106,7 +102,6 @@ def test_a_process_that_takes_too_long_or_dies_or_refuses_is_told_and_gone(made,
         assess(task(tmp_path / "none"), rows, 120)
     with pytest.raises(ChildProcessError, match=r"scoring with .* failed: "):
         assess(task(made / "table", threads="two"), rows, 120)
-    assert children() == []
 
 
 def numbered(count: int) -> Columns:
@@ -156,7 +151,7 @@ def test_sizes_take_turns_until_their_time_or_number_is_reached():
     assert counts == {1: 6, 8: 6}
 
 
-def test_a_path_is_timed_through_a_worker_that_is_gone_afterwards(made):
+def test_a_path_is_timed_through_a_worker_that_is_gone_afterwards(made, no_child_left):
     rows = RowStream(read_held_out(settings(made), open_snapshots([made / "table"])[0]).latency, 0)
     wanted = path(snapshot=str(made / "table"))
     found, counts = measure(wanted, rows, EFFORT, warm_rows=64, timeout_s=120)
@@ -165,4 +160,3 @@ def test_a_path_is_timed_through_a_worker_that_is_gone_afterwards(made):
         measure(dataclasses.replace(wanted, snapshot="/none"), rows, EFFORT, warm_rows=0, timeout_s=120)
     with pytest.raises(TimeoutError, match=r"measuring path table-int8-cpu-1 took over 0\.01 s"):
         measure(wanted, rows, EFFORT, warm_rows=0, timeout_s=0.01)
-    assert children() == []

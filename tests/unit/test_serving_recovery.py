@@ -1,7 +1,6 @@
 """What goes on after errors: workers that fail for ever, those that keep them, the follower of snapshots."""
 
 import asyncio
-import os
 import socket
 import threading
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from child_processes import children
 from serving_made import made_path, made_set, made_snapshot
 
 from tightrec.models.config import RepresentationConfig
@@ -131,12 +131,6 @@ def test_a_start_that_is_broken_off_leaves_no_process(loop: str):
     with asyncio.Runner(loop_factory=factory) as runner:
         runner.run(work())
         assert children() <= before
-
-
-def children() -> set[int]:
-    """Processes that nobody has waited for are among them."""
-    tasks = Path(f"/proc/{os.getpid()}/task").iterdir()
-    return {int(child) for task in tasks for child in (task / "children").read_text().split()}
 
 
 def test_a_snapshot_that_is_replaced_while_it_is_loaded_is_loaded_again(

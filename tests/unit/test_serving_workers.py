@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from child_processes import children
 from serving_made import CARDINALITIES, float_plan, made_path, made_set, made_snapshot
 
 from tightrec.models.config import RepresentationConfig
@@ -287,15 +288,6 @@ def test_what_cannot_be_loaded_is_said_and_no_process_is_left(tmp_path: Path, sn
 
     asyncio.run(limited(work()))
     assert children() <= before
-
-
-def children() -> set[int]:
-    own = os.getpid()
-    return {
-        int(child)
-        for task in Path(f"/proc/{own}/task").iterdir()
-        for child in (task / "children").read_text().split()
-    }
 
 
 def test_workers_are_counted_by_slots_and_threads_and_recorded_devices_are_refused(tmp_path: Path):
