@@ -7,10 +7,9 @@ from importlib import import_module
 from types import FrameType
 from typing import Any, NamedTuple
 
+from tightrec.formats.command import DONE, MISTAKEN
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
-
-DONE, FAILED, MISTAKEN = 0, 1, 2
 
 USAGE = """\
 python -m tightrec.serving COMMAND key=value ...

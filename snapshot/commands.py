@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from tightrec.formats.command import DONE, FAILED, MISTAKEN
 from tightrec.formats.settings import from_words
 from tightrec.formats.usage import describe
 from tightrec.snapshot import store
@@ -18,8 +19,6 @@ from tightrec.snapshot.config import ExportConfig
 from tightrec.snapshot.debugger import DebugConfig, debug
 from tightrec.snapshot.export import Exported, export
 from tightrec.snapshot.watch import WatchConfig, watch
-
-DONE, FAILED, MISTAKEN = 0, 1, 2
 
 USAGE = """\
 python -m tightrec.snapshot COMMAND key=value ...

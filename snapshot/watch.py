@@ -22,6 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from tightrec.formats import checkpoint_files as files
+from tightrec.formats.command import DONE, FAILED
 from tightrec.formats.run_folder import CHECKPOINTS, FINISHED, RUN_FILE
 from tightrec.snapshot import current, store
 from tightrec.snapshot.config import PrecisionConfig
@@ -31,8 +32,6 @@ from tightrec.snapshot.plans import AUTO, FORCED, forced_plan
 from tightrec.snapshot.precision import Plan
 from tightrec.snapshot.source import Checkpoint, open_checkpoint
 from tightrec.snapshot.verify import Verification
-
-DONE, FAILED = 0, 1
 
 _BROKEN = (ValueError, OSError, SafetensorError, MemoryError, RuntimeError, EOFError)
 """What a checkpoint or the disk can do to us; anything else is a fault of this program and ends it."""

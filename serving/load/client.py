@@ -12,6 +12,7 @@ from typing import Any, Self
 import aiohttp
 import numpy as np
 
+from tightrec.formats.command import DONE, FAILED, INTERRUPTED
 from tightrec.serving.load.arrivals import LoadConfig, arrivals
 from tightrec.serving.load.config import LoadClientConfig
 from tightrec.serving.load.open_loop import Driven, Reply, drive
@@ -23,8 +24,6 @@ from tightrec.serving.open_inference import HEADER_LENGTH, SHED
 from tightrec.serving.output_files import require_writable
 from tightrec.serving.paths import read_paths
 from tightrec.serving.whole_files import write_whole
-
-DONE, FAILED, INTERRUPTED = 0, 1, 130
 
 Queries = list[tuple[float, int]]
 

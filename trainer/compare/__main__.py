@@ -3,7 +3,8 @@
 import sys
 from pathlib import Path
 
-DONE, FAILED, MISTAKEN, INTERRUPTED = 0, 1, 2, 130
+from tightrec.formats.command import DONE, MISTAKEN, exit_status
+
 DEFAULT_OUT = "comparison.html"
 
 _USAGE = f"""\
@@ -16,8 +17,8 @@ usage: python -m tightrec.trainer.compare RUN_A RUN_B ... [out=FILE.html]
 def main(words: list[str]) -> int:
     """Compare the runs given; returns the exit status.
 
-    0: done. 1: the page could not be written. 2: a user's mistake, told in a sentence. 130: interrupted,
-    with no page or the one that was there before.
+    0: done; else as in :func:`tightrec.formats.command.exit_status`, with no page or the one that was there
+    before.
     """
     outs = [word.removeprefix("out=") for word in words if word.startswith("out=")]
     folders = [word for word in words if not word.startswith("out=")]
@@ -25,21 +26,14 @@ def main(words: list[str]) -> int:
     if asked or not folders or any(word.startswith("-") for word in folders):
         print(_USAGE, file=sys.stdout if asked else sys.stderr)
         return DONE if asked else MISTAKEN
-    try:
-        # Imported here so that Ctrl-C during the second that it takes ends in words too.
+
+    def run() -> int:
         from tightrec.trainer.compare.comparison import compare
 
         compare([Path(word) for word in folders], Path(outs[-1] if outs else DEFAULT_OUT))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return MISTAKEN
-    except OSError as error:
-        print(f"error: the page could not be written: {error}", file=sys.stderr)
-        return FAILED
-    except KeyboardInterrupt:
-        print("interrupted; no page was written", file=sys.stderr)
-        return INTERRUPTED
-    return DONE
+        return DONE
+
+    return exit_status(run, "no page was written")
 
 
 if __name__ == "__main__":
