@@ -130,17 +130,22 @@ def answered(driven: Driven, sent: int) -> Verdict:
     return Verdict("answered", told, good == sent and not failed)
 
 
-def flat(samples: Sequence[tuple[float, float]], phases: Phases) -> Verdict:
-    """Whether memory stays where it is during the overload.
+Samples = Sequence[tuple[float, dict[int, int]]]
+"""Second, and bytes by process; the server is the first of them."""
 
-    Args:
-        samples: second, and bytes of all processes.
-    """
+
+def settled(samples: Samples, phases: Phases) -> Samples:
+    """Those that memory is judged by."""
     since = phases.overload + SETTLED * (phases.drop - phases.overload)
-    kept = [(at, size) for at, size in samples if since <= at <= phases.drop]
+    return [(at, sizes) for at, sizes in samples if since <= at <= phases.drop]
+
+
+def flat(samples: Samples, phases: Phases) -> Verdict:
+    """Whether memory stays where it is during the overload."""
+    kept = [(at, sum(sizes.values())) for at, sizes in settled(samples, phases)]
     if len(kept) < 3:
         return Verdict("memory", f"only {len(kept)} samples", False)
-    at, size = np.array(kept).T
+    at, size = np.array(kept, dtype=float).T
     ratio = float(size.max() / size.min())
     slope = float(np.polyfit(at - at[0], size, 1)[0])
     growth = slope * float(at[-1] - at[0]) / float(size.mean())
@@ -150,6 +155,18 @@ def flat(samples: Sequence[tuple[float, float]], phases: Phases) -> Verdict:
         f"{growth:+.1%} in all (at most {MOST_GROWTH:.0%})"
     )
     return Verdict("memory", told, ratio <= MOST_RATIO and growth <= MOST_GROWTH)
+
+
+def process_lines(samples: Samples, phases: Phases) -> list[str]:
+    """How much each process held when memory had settled, and at the end of the overload."""
+    kept = settled(samples, phases)
+    numbers = list(dict.fromkeys(number for _, sizes in kept for number in sizes))
+    lines = []
+    for place, number in enumerate(numbers):
+        own = [sizes[number] / 1e6 for _, sizes in kept if number in sizes]
+        name = f"process {number}, " + ("a child" if place else "the server")
+        lines.append(f"{name:<28}{own[0]:,.1f} to {own[-1]:,.1f} MB, at most {max(own):,.1f}")
+    return lines
 
 
 def recovered(outcomes: Sequence[Outcome], phases: Phases) -> Verdict:
@@ -191,7 +208,7 @@ def _p99_ms(outcomes: Sequence[Outcome], start: float, stop: float) -> float:
     )
 
 
-async def measure(config: OverloadConfig, server: Server, guess: float) -> tuple[Driven, Phases, list]:
+async def measure(config: OverloadConfig, server: Server, guess: float) -> tuple[Driven, Phases, Samples]:
     """Find the rate, offer the load, read the memory."""
     client = LoadClientConfig(
         url=server.url,
@@ -204,14 +221,14 @@ async def measure(config: OverloadConfig, server: Server, guess: float) -> tuple
     rate = config.rate or await _rate(config, client, requests, guess)
     print(f"sustained: {rate:,.0f} queries/s, {rate * config.mean_rows:,.0f} rows/s", flush=True)
     phases = phases_of(config, rate)
-    samples: list[tuple[float, float]] = []
+    samples: list[tuple[float, dict[int, int]]] = []
 
     async def watch() -> None:
         loop = asyncio.get_running_loop()
         begin = loop.time()
         while True:
             sizes = await asyncio.to_thread(server.resident_bytes)
-            samples.append((loop.time() - begin, float(sum(sizes.values()))))
+            samples.append((loop.time() - begin, sizes))
             await asyncio.sleep(1)
 
     watching = asyncio.create_task(watch())
@@ -256,7 +273,8 @@ def main(words: Sequence[str]) -> int:
         recovered(driven.outcomes, phases),
     ]
     lag_ms = 1e3 * percentile(sorted(driven.lags_s), 0.99)
-    print("\n".join([*phase_lines(driven.outcomes, phases), f"client    lag p99 {lag_ms:.2f} ms", ""]))
+    lines = [*phase_lines(driven.outcomes, phases), f"client    lag p99 {lag_ms:.2f} ms", ""]
+    print("\n".join([*lines, *process_lines(samples, phases), ""]))
     print("\n".join(verdict.line for verdict in verdicts))
     if config.out is not None:
         windows = windows_p99_ms(driven.outcomes, 0, phases.end, step_s=1.0)

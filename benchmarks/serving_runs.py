@@ -112,6 +112,9 @@ Probe = Callable[[float], Awaitable[float]]
 """Share of queries that are answered within their target, at so many queries a second."""
 
 SHARE, CLOSE, STEP = 0.99, 1.05, 1.6
+LEAST = 0.5
+"""In target when nearly idle: with less, nothing is sustained, and 99 % of it tells noise."""
+
 _MOST_STEPS = 16
 
 
@@ -122,9 +125,12 @@ async def sustainable_rate(probe: Probe, guess: float) -> tuple[float, float]:
     time. A rate counts as sustained if it is in one of two tries: a hiccup of the machine is not its fault.
 
     Returns:
-        The rate, to 5 %, and the share in target at a twentieth of the guess.
+        The rate, to 5 %, and the share in target at a twentieth of the guess. ``guess`` itself where less
+        than half is in target even then: no rate is sustained.
     """
     idle = max([await probe(guess / 20), await probe(guess / 20)])
+    if idle < LEAST:
+        return guess, idle
 
     async def holds(rate: float) -> bool:
         return await probe(rate) >= SHARE * idle or await probe(rate) >= SHARE * idle

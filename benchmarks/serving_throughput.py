@@ -6,8 +6,9 @@
 Correct-prediction throughput (MP-Rec, arXiv 2302.10872) is rows scored within the latency target, times the
 accuracy of the path that scored them, a second. For every target the rate that the baseline (float32 tables
 on the fewest threads, batched and shedding) sustains is found first: the largest at which 99 % of what a
-nearly idle server answers in time still is. Multiples of it are then offered to every setting, the same
-arrivals, sizes and rows to each, one setting after the other in an order that turns with the seed:
+nearly idle server answers in time still is, or what its profile says where that is less than half of the
+queries. Multiples of it are then offered to every setting, the same arrivals, sizes and rows to each, one
+setting after the other in an order that turns with the seed:
 
 - every path alone, with the same batching and shedding; the baseline also ``plain``, one query a batch and
   nothing shed;
@@ -35,6 +36,7 @@ from typing import Any
 
 import uvloop
 from serving_runs import (
+    LEAST,
     NotReady,
     Verdict,
     all_paths,
@@ -266,8 +268,9 @@ async def measure(config: ThroughputConfig, paths: PathSet, client: LoadClientCo
             rate = config.rate
             if rate is None:
                 rate, idle = await _sustained(config, offered, settings[0], target_ms, guess)
+                words = "sustains" if idle >= LEAST else "sustains no rate at this target; by its profile"
                 print(
-                    f"\n{baseline.name} sustains {rate:,.0f} queries/s, "
+                    f"\n{baseline.name} {words} {rate:,.0f} queries/s, "
                     f"{rate * config.mean_rows:,.0f} rows/s ({idle:.1%} in target when nearly idle)",
                     flush=True,
                 )

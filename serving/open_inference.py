@@ -1,4 +1,4 @@
-"""Names on the wire that the server and its clients share: those of the Open Inference Protocol, and ours."""
+"""What the server and its clients share: names on the wire (Open Inference Protocol, and ours), limits."""
 
 HEADER_LENGTH = "Inference-Header-Content-Length"
 """HTTP header: bytes of JSON in front of the binary tensors, in requests and in answers."""
@@ -8,3 +8,6 @@ OUTPUT = "probability"
 
 SHED = "X-Shed"
 """HTTP header of an answer 503: why the query was not scored, in a word."""
+
+MOST_TARGET_MS = 3_600_000.0
+"""The largest latency target of a request: an hour."""

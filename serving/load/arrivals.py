@@ -14,6 +14,8 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from tightrec.serving.open_inference import MOST_TARGET_MS
+
 Sizes = Literal["lognormal", "fixed"]
 """How rows are distributed over queries."""
 
@@ -80,6 +82,8 @@ class LoadConfig:
             value = getattr(self, name)
             if not (value > 0 and math.isfinite(value)):
                 raise ValueError(f"{name}={value} must be a finite number above 0.")
+        if self.target_ms > MOST_TARGET_MS:
+            raise ValueError(f"target_ms={self.target_ms} must be at most {MOST_TARGET_MS:.0f}.")
         if self.max_rows < 1:
             raise ValueError(f"max_rows={self.max_rows} must be at least 1.")
         if not 1 <= self.mean_rows <= self.max_rows:

@@ -1,7 +1,8 @@
 """Settings of the scheduler."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 from tightrec.serving.paths import QUALITIES, Quality
 
@@ -52,3 +53,13 @@ class SchedulerConfig:
                 raise ValueError(f"{name}={getattr(self, name)} must be at least 1.")
         if not math.isfinite(self.headroom) or not 0 <= self.headroom <= 1:
             raise ValueError(f"headroom={self.headroom} must be between 0 and 1.")
+
+
+def scheduler_config(settings: Any, **others: Any) -> SchedulerConfig:
+    """The scheduler's part of the ``settings`` of a command, which have the same names, but for ``others``.
+
+    Raises:
+        ValueError: a value that the scheduler does not take.
+    """
+    names = {field.name for field in fields(SchedulerConfig)} - others.keys()
+    return SchedulerConfig(**{name: getattr(settings, name) for name in names}, **others)

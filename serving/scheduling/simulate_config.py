@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tightrec.serving.load.arrivals import LoadConfig
 from tightrec.serving.paths import QUALITIES, Quality
-from tightrec.serving.scheduling.config import SchedulerConfig
+from tightrec.serving.scheduling.config import SchedulerConfig, scheduler_config
 
 DEVICE = re.compile(r"^(?:(\d+)x\s*)?([A-Za-z]\w*)(?:\((.*)\))?$")
 """``[COUNTx]NAME[(setting=value,...)]``."""
@@ -96,16 +96,7 @@ class SimulateConfig(LoadConfig):
 
     def scheduler(self, policy: str) -> SchedulerConfig:
         """Settings of the scheduler under ``policy``."""
-        return SchedulerConfig(
-            policy=policy,
-            batch_rows=self.batch_rows,
-            queue_rows=self.queue_rows,
-            rank=self.rank,
-            headroom=self.headroom,
-            shed=self.shed,
-            batching=self.batching,
-            seed=self.seed,
-        )
+        return scheduler_config(self, policy=policy)
 
 
 def parse_device(word: str) -> str | AssumedDevice:

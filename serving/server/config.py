@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
+from tightrec.serving.open_inference import MOST_TARGET_MS
 from tightrec.serving.paths import Quality
 
 
@@ -110,6 +111,8 @@ class ServeConfig:
                 continue
             if not (math.isfinite(value) and value > 0):
                 raise ValueError(f"{field.name}={value} must be a finite number above 0.")
+        if self.target_ms > MOST_TARGET_MS:
+            raise ValueError(f"target_ms={self.target_ms} must be at most {MOST_TARGET_MS:.0f}.")
         if not 0 <= self.port <= 65_535:
             raise ValueError(f"port={self.port} must lie between 0 and 65535.")
         if not re.fullmatch(r"[A-Za-z0-9._-]+", self.model):

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from tightrec.serving.server.protocol import BINARY, HEADER_LENGTH, JSON, OUTPUT, Protocol
+from tightrec.serving.open_inference import HEADER_LENGTH, MOST_TARGET_MS, OUTPUT
+from tightrec.serving.server.protocol import BINARY, JSON, Protocol
 
 VERSION = "1"
 """Of the endpoints."""
@@ -102,7 +103,7 @@ def _request(protocol: Protocol, paths: list[str], any_id: bool) -> dict[str, An
     )
     parameters = _closed(
         {
-            "target_ms": {"type": "number", "exclusiveMinimum": 0},
+            "target_ms": {"type": "number", "exclusiveMinimum": 0, "maximum": MOST_TARGET_MS},
             "path": {"type": "string", "enum": paths},
             "binary_data_output": {"type": "boolean"},
         },

@@ -15,14 +15,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from tightrec.serving.open_inference import HEADER_LENGTH, OUTPUT
+from tightrec.serving.open_inference import HEADER_LENGTH, MOST_TARGET_MS, OUTPUT
 from tightrec.serving.server.tensors import RequestError, Tensors, is_whole
 from tightrec.snapshot.manifest import Feature
 
 BINARY, JSON = "application/octet-stream", "application/json"
-
-MOST_TARGET_MS = 3_600_000.0
-"""Largest latency target of a request: an hour."""
 
 _MOST_ID = 1024
 """Characters of a request's id, which is echoed."""

@@ -16,7 +16,8 @@ from aiohttp import web
 
 from tightrec.serving.loops import new_event_loop
 from tightrec.serving.paths import PathSet, read_paths
-from tightrec.serving.scheduling.scheduler import Scheduler, SchedulerConfig
+from tightrec.serving.scheduling.config import scheduler_config
+from tightrec.serving.scheduling.scheduler import Scheduler
 from tightrec.serving.server import follow
 from tightrec.serving.server.app import Service, make_app
 from tightrec.serving.server.config import ServeConfig
@@ -106,7 +107,7 @@ async def _run(config: ServeConfig, paths: PathSet, say: Say) -> int:
 
 
 async def _start(config: ServeConfig, paths: PathSet, say: Say) -> tuple[Service, follow.Follower]:
-    scheduler = Scheduler(paths, _scheduler_config(config))
+    scheduler = Scheduler(paths, scheduler_config(config))
     seen = follow.identities(paths)
     features = follow.features_of(paths)
 
@@ -211,11 +212,6 @@ def _allow_files(connections: int) -> None:
         )
     if soft != resource.RLIM_INFINITY and soft < needed:
         resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-
-
-def _scheduler_config(config: ServeConfig) -> SchedulerConfig:
-    names = [field.name for field in dataclasses.fields(SchedulerConfig)]
-    return SchedulerConfig(**{name: getattr(config, name) for name in names})
 
 
 @contextlib.contextmanager

@@ -36,7 +36,7 @@ def shed(arrived: float) -> Outcome:
 
 
 @pytest.mark.parametrize("limit", [3.0, 70.0, 100.0, 2345.0])
-@pytest.mark.parametrize("idle", [1.0, 0.6])
+@pytest.mark.parametrize("idle", [1.0, 0.5])
 def test_the_sustained_rate_is_found_to_five_percent(scripts: Any, limit: float, idle: float) -> None:
     tries = []
 
@@ -68,6 +68,17 @@ def test_a_path_that_sustains_nothing_ends_at_the_lowest_rate(scripts: Any) -> N
 
     rate, _ = asyncio.run(scripts("runs").sustainable_rate(probe, 100.0))
     assert rate <= 5.25
+
+
+def test_a_path_that_is_late_even_when_idle_is_tried_no_further(scripts: Any) -> None:
+    tries = []
+
+    async def probe(rate: float) -> float:
+        tries.append(rate)
+        return 0.49
+
+    assert asyncio.run(scripts("runs").sustainable_rate(probe, 100.0)) == (100.0, 0.49)
+    assert len(tries) == 2
 
 
 def test_slow_rates_are_tried_for_longer(scripts: Any) -> None:
@@ -181,13 +192,29 @@ def test_every_query_must_be_served_or_shed(scripts: Any) -> None:
 def test_memory_is_judged_within_the_settled_overload(scripts: Any, shape: Any, met: bool) -> None:
     overload = scripts("overload")
     phases = overload.Phases(30, 630, 660, [])
-    samples = [(float(t), float(shape(float(t)))) for t in range(660)]
+    samples = [(float(t), {7: 10**8, 8: int(shape(float(t)))}) for t in range(660)]
     assert overload.flat(samples, phases).met is met
+    server, child = overload.process_lines(samples, phases)
+    assert server.split() == [
+        "process",
+        "7,",
+        "the",
+        "server",
+        "100.0",
+        "to",
+        "100.0",
+        "MB,",
+        "at",
+        "most",
+        "100.0",
+    ]
+    own = [sizes[8] / 1e6 for _, sizes in samples[150:631]]
+    assert child.split()[4:] == f"{own[0]:,.1f} to {own[-1]:,.1f} MB, at most {max(own):,.1f}".split()
 
 
 def test_too_few_samples_are_no_flat_memory(scripts: Any) -> None:
     overload = scripts("overload")
-    assert not overload.flat([(1.0, 1.0)], overload.Phases(0, 10, 20, [])).met
+    assert not overload.flat([(1.0, {1: 1})], overload.Phases(0, 10, 20, [])).met
 
 
 @pytest.mark.parametrize(("slow_s", "back"), [(0.0, 1.0), (2.0, 3.0), (4.9, 6.0), (20.0, None)])

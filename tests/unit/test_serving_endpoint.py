@@ -13,6 +13,7 @@ import pytest
 import torch
 from serving_made import made_path, made_set, made_snapshot
 
+from tightrec.serving.open_inference import MOST_TARGET_MS
 from tightrec.serving.server import openapi, serve
 from tightrec.serving.server.config import ServeConfig
 from tightrec.serving.server.dispatch import Answer
@@ -70,6 +71,13 @@ def test_large_json_is_read_in_a_thread():
         read_in: list[str] = []
         assert answered((), [0.5], read_in, size).status == 200
         assert (read_in == [threading.main_thread().name]) == alone
+
+
+def test_the_document_allows_the_targets_that_are_taken():
+    protocol = Protocol("m", "1", ("d",), FEATURES, 100)
+    asked = openapi.document(protocol, ["only"], False)["components"]["schemas"]["InferRequest"]
+    target = asked["properties"]["parameters"]["properties"]["target_ms"]
+    assert (target["exclusiveMinimum"], target["maximum"]) == (0, MOST_TARGET_MS)
 
 
 def test_the_document_allows_the_ids_that_are_taken():

@@ -115,6 +115,7 @@ def test_fixed_sizes_are_all_the_same() -> None:
         ({"mean_rows": 5000, "sizes": "fixed"}, "mean_rows"),
         ({"sigma": 0}, "sigma"),
         ({"max_rows": 0}, "max_rows"),
+        ({"target_ms": 3_600_001}, "target_ms=3600001 must be at most 3600000"),
         ({"depth": 1.1}, "depth"),
         ({"burst_s": 11}, "burst_s"),
         ({"seed": -1}, "seed"),

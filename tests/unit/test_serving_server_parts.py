@@ -281,6 +281,7 @@ def test_paths_are_fitted_to_the_cores_of_this_machine():
         ({"max_rows": 10, "queue_rows": 9}, "queue_rows=9"),
         ({"target_ms": 0.0}, "target_ms=0.0"),
         ({"target_ms": float("nan")}, "target_ms=nan"),
+        ({"target_ms": 3_600_001.0}, "target_ms=3600001.0 must be at most 3600000"),
         ({"drain_s": float("inf")}, "drain_s=inf"),
         ({"cores": 0}, "cores=0"),
         ({"model": "a/b"}, "model='a/b'"),
