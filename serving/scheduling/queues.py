@@ -1,11 +1,16 @@
 """Queries, batches, and what waits and runs on one device. The clock is the caller's: seconds, monotonic."""
 
 import bisect
+import heapq
+import itertools
 from dataclasses import dataclass, field
 
 from tightrec.serving.paths import Device, ServingPath
 from tightrec.serving.scheduling.budget import Budget, Reach
 from tightrec.serving.scheduling.estimates import PathEstimate
+
+_FEW = 64
+"""Entries that are not worth a clearing."""
 
 OVERDUE = 0.05
 """A batch past its expected end is expected to take this share of its duration longer."""
@@ -96,6 +101,42 @@ class Waiting:
 
     moves: int = 0
     """How often it went to another device."""
+
+
+class Losses:
+    """Which of the waiting queries is lost first, past its ``latest``: a heap.
+
+    What no longer waits is dropped when it comes up, or when it is most of the heap.
+    """
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, Waiting]] = []
+        self._items: dict[int, Waiting] = {}
+        self._count = itertools.count()
+
+    def add(self, item: Waiting) -> None:
+        """``item`` waits."""
+        self._items[item.query.number] = item
+        heapq.heappush(self._heap, (item.latest, next(self._count), item))
+
+    def remove(self, item: Waiting) -> None:
+        """``item`` waits no more."""
+        del self._items[item.query.number]
+        if len(self._heap) > 2 * len(self._items) + _FEW:
+            self._heap = [entry for entry in self._heap if self._waits(entry[2])]
+            heapq.heapify(self._heap)
+
+    def first(self) -> Waiting | None:
+        """The one that is lost first; None: nothing waits."""
+        while self._heap:
+            item = self._heap[0][2]
+            if self._waits(item):
+                return item
+            heapq.heappop(self._heap)
+        return None
+
+    def _waits(self, item: Waiting) -> bool:
+        return self._items.get(item.query.number) is item
 
 
 def order(waiting: Waiting) -> tuple[float, int]:

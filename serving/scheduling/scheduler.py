@@ -11,7 +11,7 @@ from tightrec.serving.scheduling.config import SchedulerConfig
 from tightrec.serving.scheduling.estimates import CLIP, Durations, PathEstimate, Weather
 from tightrec.serving.scheduling.options import Promises
 from tightrec.serving.scheduling.policies import Option, cheapest, gain, make_policy
-from tightrec.serving.scheduling.queues import Batch, DeviceQueue, Query, Shed, Waiting
+from tightrec.serving.scheduling.queues import Batch, DeviceQueue, Losses, Query, Shed, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -66,6 +66,7 @@ class Scheduler:
                 )
         self._queue_of = {e.path.name: queue for queue in self._queues for e in queue.estimates}
         self._where: dict[int, tuple[DeviceQueue, Waiting]] = {}
+        self._losses = Losses()
         self._batches = 0
         self._rows = dict.fromkeys(self._estimates, 0)
         self._target_s: float | None = None
@@ -148,11 +149,8 @@ class Scheduler:
             for queue in self._queues:
                 if queue.free and not queue.waiting and self._where:
                     going |= self._attract(queue, now)
-        if self.config.shed and self._where:
-            for queue in self._queues:
-                if queue.waiting:
-                    for item in [item for item in queue.waiting if item.latest <= now]:
-                        sheds.append(self._shed_late(queue, item))
+        while self.config.shed and (lost := self._losses.first()) is not None and lost.latest <= now:
+            sheds.append(self._shed_late(self._where[lost.query.number][0], lost))
 
     def finish(self, batch: Batch, now: float, usual: bool = True) -> None:
         """``batch`` has its scores: its slots are free, its path's correction learns.
@@ -200,9 +198,8 @@ class Scheduler:
 
     def wake_at(self, now: float) -> float | None:
         """When to call :meth:`start` although nothing happened: the next query has to be shed then."""
-        if not self.config.shed or not self._where:
-            return None
-        return max(now, min(item.latest for _, item in self._where.values()))
+        lost = self._losses.first() if self.config.shed else None
+        return None if lost is None else max(now, lost.latest)
 
     def _advance(self, now: float, target_s: float | None = None) -> None:
         if target_s is not None and 0 < target_s < math.inf:
@@ -237,12 +234,14 @@ class Scheduler:
     def _put(self, queue: DeviceQueue, item: Waiting) -> None:
         queue.add(item)
         self._where[item.query.number] = queue, item
+        self._losses.add(item)
         self.waiting_rows += item.query.rows
 
     def _take(self, queue: DeviceQueue, items: list[Waiting]) -> None:
         queue.remove(items)
         for item in items:
             del self._where[item.query.number]
+            self._losses.remove(item)
             self.waiting_rows -= item.query.rows
 
     def _shed_late(self, queue: DeviceQueue, item: Waiting) -> Shed:
