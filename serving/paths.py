@@ -61,11 +61,11 @@ class Profile:
 
     def expected_ms(self, rows: int) -> float:
         """Latency of a batch of ``rows``; beyond the largest size, in proportion to the rows."""
-        return _between(self.rows, self.latency_ms, rows)
+        return between(self.rows, self.latency_ms, rows)
 
     def expected_tail_ms(self, rows: int) -> float:
         """The same of the 99th percentile."""
-        return _between(self.rows, self.tail_ms, rows)
+        return between(self.rows, self.tail_ms, rows)
 
     @property
     def rows_per_s(self) -> float:
@@ -292,7 +292,8 @@ def _path(values: Mapping[str, Any], folder: Path) -> ServingPath:
     return ServingPath(profile=Profile(**profile), cache=cache, **found)
 
 
-def _between(rows: tuple[int, ...], values: tuple[float, ...], wanted: int) -> float:
+def between(rows: tuple[int, ...], values: tuple[float, ...], wanted: int) -> float:
+    """The value at ``wanted`` rows, linear between those known; beyond the largest, in proportion."""
     place = bisect.bisect_left(rows, wanted)
     if place == len(rows):
         return values[-1] * wanted / rows[-1]

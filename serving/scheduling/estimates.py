@@ -3,7 +3,7 @@
 import bisect
 from collections.abc import Callable
 
-from tightrec.serving.paths import Profile, ServingPath
+from tightrec.serving.paths import Profile, ServingPath, between
 from tightrec.serving.scheduling.rest import Rest
 
 OBSERVED_WEIGHT = 0.1
@@ -46,15 +46,7 @@ class Curve:
 
     def seconds(self, rows: int) -> float:
         """Expected duration of a batch of ``rows``, as :meth:`Profile.expected_ms` interpolates it."""
-        known, values = self._rows, self._seconds
-        place = bisect.bisect_left(known, rows)
-        if place == len(known):
-            return values[-1] * rows / known[-1]
-        if place == 0 or known[place] == rows:
-            return values[place]
-        before, after = known[place - 1], known[place]
-        low = values[place - 1]
-        return low + (rows - before) / (after - before) * (values[place] - low)
+        return between(self._rows, self._seconds, rows)
 
     def rows_within(self, seconds: float) -> int:
         """The most rows that take at most ``seconds``; 0: not even one row does."""
