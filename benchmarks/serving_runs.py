@@ -1,5 +1,6 @@
 """What the serving benchmarks share: servers as processes, the rate that one sustains, figures of windows."""
 
+import ctypes
 import os
 import platform
 import shlex
@@ -17,6 +18,8 @@ from tightrec.serving.load.arrivals import LoadConfig
 from tightrec.serving.load.open_loop import Driven
 from tightrec.serving.outcomes import Outcome, Summary, percentile, summarise
 from tightrec.serving.paths import PathSet, ServingPath
+
+_PR_SET_PDEATHSIG = 1
 
 START_S, STOP_S = 180.0, 60.0
 """Most that a server may take to be ready, and to drain."""
@@ -62,6 +65,7 @@ class Server:
             stderr=subprocess.STDOUT,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
             start_new_session=True,
+            preexec_fn=_end_with_parent,
         )
         until = time.monotonic() + START_S
         while not self.url:
@@ -100,6 +104,11 @@ class Server:
             except psutil.NoSuchProcess:
                 continue
         return found
+
+
+def _end_with_parent() -> None:
+    """A benchmark that is killed, by whatever signal, leaves no server behind (Linux)."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def url_in(log: str) -> str:

@@ -1,5 +1,6 @@
 """The serving benchmarks as a user starts them, on tiny snapshots: that they run, not how fast."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
@@ -73,7 +75,23 @@ def test_overload_judges_a_server_over_http(words: list[str], tmp_path: Path) ->
     assert verdicts["answered"]["met"], done.stdout
     assert done.returncode == (0 if all(verdict["met"] for verdict in verdicts.values()) else 1)
     assert len(report["memory_bytes"]) >= 5
-    assert min(size for _, size in report["memory_bytes"]) > 1e7
+    assert min(sum(sizes.values()) for _, sizes in report["memory_bytes"]) > 1e7
+    assert ", the server " in done.stdout and ", a child " in done.stdout
+
+
+def test_a_benchmark_that_is_killed_leaves_no_server(words: list[str]) -> None:
+    code = (
+        "import sys, time; from serving_runs import Server\n"
+        "with Server(sys.argv[1]) as server: print(server._process.pid, flush=True); time.sleep(240)"
+    )
+    command = [sys.executable, "-c", code, words[0]]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT / "benchmarks")}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout is not None
+        server = psutil.Process(int(process.stdout.readline()))
+        process.kill()
+    with contextlib.suppress(psutil.NoSuchProcess):
+        server.wait(60)
 
 
 def test_agreement_sets_the_simulator_beside_servers(words: list[str], tmp_path: Path) -> None:
