@@ -153,7 +153,7 @@ def grouped_linear(values: Tensor, weight: Tensor, bias: Tensor, counts: Sequenc
 
 
 class _GroupedLinear(Function):
-    """torch's grouped product has no fast backward on CPU and wants widths that are multiples of 4."""
+    """torch's grouped_mm is no faster, and refuses expanded gradients and widths not multiples of 4."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor, weight: Tensor, bias: Tensor, counts: tuple[int, ...]) -> Tensor:
