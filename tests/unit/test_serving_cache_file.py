@@ -171,13 +171,15 @@ def test_of_several_that_start_together_one_builds(tmp_path: Path, builds: list[
     file = tmp_path / "cache.safetensors"
     wanted = found(made_hashed(), cache_file=None)
     begin = threading.Barrier(3)
+    # Made one after the other: their weights come from torch's one generator.
+    snapshots = [made_hashed() for _ in range(3)]
 
-    def start() -> torch.Tensor:
+    def start(hashed: Any) -> torch.Tensor:
         begin.wait()
-        return found(made_hashed(), cache_file=file)
+        return found(hashed, cache_file=file)
 
     with ThreadPoolExecutor(3) as threads:
-        for one in [threads.submit(start) for _ in range(3)]:
+        for one in [threads.submit(start, hashed) for hashed in snapshots]:
             assert torch.equal(one.result(60), wanted)
     assert len(builds) == 2 and os.listdir(tmp_path) == [file.name]
 
