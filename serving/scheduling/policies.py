@@ -45,6 +45,10 @@ class Policy:
         """The best of ``options``, at least one, all of which end in time."""
         raise NotImplementedError
 
+    def counted(self, options: Sequence[Option]) -> Sequence[Option]:
+        """Those of ``options`` for a newcomer that it may count on."""
+        return options
+
     def joins(self, item: Waiting, estimate: PathEstimate) -> bool:
         """Whether ``item`` may be scored in a batch on this path instead of its own."""
         return True
@@ -94,6 +98,20 @@ class Multi(Policy):
             if best is None or (quality, -base.finish) > best:
                 best, chosen = (quality, -base.finish), base
         return chosen
+
+    def counted(self, options: Sequence[Option]) -> Sequence[Option]:
+        """Where others wait, only the cheapest path of the device: the batches there run on it.
+
+        The best of several promises is too good: the one whose estimate errs most is taken.
+        """
+        by_device: dict[int, list[Option]] = {}
+        for option in options:
+            by_device.setdefault(id(option.queue), []).append(option)
+        return [
+            option
+            for group in by_device.values()
+            for option in ([cheapest(group)] if group[0].queue.waiting else group)
+        ]
 
     def moves(self, item: Waiting, estimate: PathEstimate) -> bool:
         """Only to a path that is no worse."""

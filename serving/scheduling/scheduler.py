@@ -107,7 +107,8 @@ class Scheduler:
             return Shed(query, "full")
         queues = [self._queue_of[only]] if only else self._queues
         options = self._promises.behind(queues, query, only, now)
-        in_time = [option for option in options if option.finish <= query.deadline]
+        counted = self._policy.counted(options) if only is None else options
+        in_time = [option for option in counted if option.finish <= query.deadline]
         if in_time:
             chosen = self._policy.choose(in_time)
         elif self.config.shed:
@@ -355,7 +356,7 @@ class Scheduler:
             better = estimate.quality > (best or base).quality
             if not better or estimate.resting or estimate.threads > queue.free:
                 continue
-            if estimate.planned_s(rows) > left_s:
+            if estimate.surely_s(rows, gain(estimate, base)) > left_s:
                 continue
             if queue.budget.affords(estimate.threads * estimate.expected_s(rows)):
                 best = estimate

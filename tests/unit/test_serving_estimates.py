@@ -1,9 +1,10 @@
 """What batches are expected to last: shared slowness, rare spikes, and queries on an idle device."""
 
+import numpy as np
 import pytest
 from serving_paths_made import made_cpu, made_path
 
-from tightrec.serving.scheduling.estimates import PathEstimate, Weather
+from tightrec.serving.scheduling.estimates import MARGIN, PathEstimate, Weather
 from tightrec.serving.scheduling.scheduler import Query, Scheduler, SchedulerConfig
 
 
@@ -19,6 +20,35 @@ def test_what_slows_one_path_of_a_device_slows_the_others_until_they_are_observe
     assert other.expected_factor < 3.0
     other.refresh(1000.0)
     assert other.expected_factor == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_path_that_was_not_observed_is_as_uncertain_as_those_that_were() -> None:
+    weather = Weather()
+    seen = PathEstimate(made_path("seen", 1.0, 10, 0.8), 0.8, weather=weather)
+    other = PathEstimate(made_path("other", 1.0, 10, 0.8), 0.8, weather=weather)
+    assert other.planned_s(128) == other.expected_s(128)
+    for number in range(400):
+        seen.observe(128, (1.0 if number % 2 else 2.0) * seen.curve.seconds(128), 0.01 * number)
+    other.refresh(4.0)
+    margin = other.planned_s(128) - other.expected_s(128)
+    assert margin == pytest.approx(seen.planned_s(128) - seen.expected_s(128), rel=0.1)
+    assert margin == pytest.approx(MARGIN * 0.5 * other.curve.seconds(128), rel=0.2)
+    other.refresh(1000.0)
+    assert other.planned_s(128) == pytest.approx(other.expected_s(128), rel=0.01)
+
+
+def test_the_rarer_a_batch_may_be_late_the_more_time_it_needs() -> None:
+    estimate = PathEstimate(made_path("only", 1.0, 10, 0.8), 0.8)
+    draw = np.random.default_rng(0).laplace(1.5, 0.1, 4000)
+    for number, ratio in enumerate(draw):
+        estimate.observe(128, ratio * estimate.curve.seconds(128), 0.001 * number)
+    limits = {chance: estimate.surely_s(128, chance) for chance in (0.9, 0.1, 0.01)}
+    # What is likely to be late anyway is planned as ever.
+    assert limits[0.9] == estimate.planned_s(128)
+    for chance in (0.1, 0.01):
+        late = np.mean(draw * estimate.curve.seconds(128) > limits[chance])
+        assert 0.05 * chance < late < 2 * chance
+    assert estimate.surely_s(128, 0.0) < 10 * estimate.expected_s(128), "no gain at all: still a number"
 
 
 def test_a_profile_with_rare_spikes_does_not_keep_a_path_from_being_tried() -> None:

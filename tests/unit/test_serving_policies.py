@@ -76,6 +76,51 @@ def test_cheapest_means_right_predictions_per_slot_second() -> None:
     assert driven.batches[0].path.name == "fair"
 
 
+@pytest.mark.parametrize("slower", [1.0, 1.1])
+def test_a_path_whose_profile_errs_is_found_out(slower: float) -> None:
+    paths = made_cpu(made_path("one", 1.0, 10, 0.8), made_path("two", 1.0, 10.2, 0.8), slots=1)
+    driven = Driven(paths, headroom=0.0)
+    driven.submit(100)
+    assert driven.batches[0].path.name == "one"
+    now = driven.run_down()
+    one = driven.scheduler._estimates["one"]
+    two = driven.scheduler._estimates["two"]
+    for _ in range(400):
+        one.observe(100, slower * one.curve.seconds(100), now)
+        two.observe(100, two.curve.seconds(100), now)
+    driven.submit(100, now=now)
+    assert driven.batches[1].path.name == ("one" if slower == 1.0 else "two")
+
+
+def test_where_others_wait_only_the_cheapest_path_is_counted_on() -> None:
+    paths = made_cpu(made_path("cheap", 1.0, 20, 0.8), made_path("quick", 1.0, 12, 0.8, threads=2))
+
+    def refused(waiting: int, policy: str) -> set[int]:
+        driven = Driven(paths, policy=policy, headroom=0.0)
+        for _ in range(2):
+            driven.submit(100, target_ms=5, path="cheap")
+        for _ in range(waiting):
+            driven.submit(10, target_ms=30)
+        assert driven.scheduler.waiting_queries == waiting
+        driven.submit(200, target_ms=7.5)
+        return set(driven.shed)
+
+    # In 3 ms both slots are free: quick would end after 6.5 ms, cheap after 8.
+    assert refused(0, "multi") == set(), "it is the next, so it has both slots if it wants to"
+    assert refused(1, "multi") == {3}
+    assert refused(1, "greedy") == set()
+
+
+def test_a_small_gain_is_not_worth_a_likely_delay() -> None:
+    plain, better = made_path("plain", 1.0, 10, 0.800), made_path("better", 4.0, 10, 0.801)
+    for deviation, name in ((0.0, "better"), (0.25, "plain")):
+        driven = Driven(made_cpu(plain, better, slots=1))
+        for estimate in driven.scheduler._estimates.values():
+            estimate._usual = deviation
+        driven.submit(100, target_ms=7)
+        assert driven.batches[0].path.name == name
+
+
 def test_fixed_and_random_stay_where_they_are_put() -> None:
     fixed = Driven(usual_cpu(), policy="fixed:wide")
     for _ in range(5):
@@ -197,7 +242,7 @@ def test_overload_does_not_shrink_what_is_served(row_us: float, batch_rows: int)
 
 def test_a_gpu_beside_the_cpu_is_used_and_helps() -> None:
     cpu, both = usual_cpu(tail=1.25), with_gpu(tail=1.25)
-    alone, beside = figures(cpu, "multi", 6000, 10), figures(both, "multi", 6000, 10)
+    alone, beside = figures(cpu, "multi", 9000, 10), figures(both, "multi", 9000, 10)
     assert beside.correct_rows_per_s > 1.3 * alone.correct_rows_per_s
     assert beside.accuracy > alone.accuracy
     assert beside.shares.get("gpu-hybrid", 0) + beside.shares.get("gpu-table", 0) > 0.3
