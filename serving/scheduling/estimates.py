@@ -16,6 +16,9 @@ CLIP = 4.0
 FORGET_S = 3.0
 """Seconds without an observation that halve a device's correction: what looked too slow is tried again."""
 
+STALE_S = 0.01
+"""Corrections decay in seconds: between two batches they need not be refreshed more often than this."""
+
 BIAS_WEIGHT = 0.02
 """Of the newest batch in the bias of a path."""
 

@@ -12,6 +12,9 @@ from tightrec.serving.scheduling.estimates import PathEstimate
 _FEW = 64
 """Entries that are not worth a clearing."""
 
+MOVES = 3
+"""How often a query may go to another device."""
+
 OVERDUE = 0.05
 """A batch past its expected end is expected to take this share of its duration longer."""
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from tightrec.serving.paths import PathSet
 from tightrec.serving.scheduling.budget import Budget, Reach
 from tightrec.serving.scheduling.config import SchedulerConfig
-from tightrec.serving.scheduling.estimates import CLIP, Durations, PathEstimate, Weather
+from tightrec.serving.scheduling.estimates import CLIP, STALE_S, Durations, PathEstimate, Weather
 from tightrec.serving.scheduling.options import Promises
 from tightrec.serving.scheduling.policies import Option, cheapest, gain, make_policy
-from tightrec.serving.scheduling.queues import Batch, DeviceQueue, Losses, Query, Shed, Waiting
+from tightrec.serving.scheduling.queues import MOVES, Batch, DeviceQueue, Losses, Query, Shed, Waiting
 
 logger = logging.getLogger(__name__)
 
@@ -22,9 +22,6 @@ BUDGET_TARGETS = 1.0
 
 TARGET_WEIGHT = 0.02
 """Of the newest query in the running mean of targets."""
-
-MOVES = 3
-"""How often a query may go to another device."""
 
 LOOK = 16
 """Waiting queries that are looked at for an idle device, or to fill a gap before a held one."""
@@ -43,7 +40,7 @@ class Scheduler:
         Raises:
             ValueError: oracle without durations, or a fixed path that is not there.
         """
-        oracle = config.policy == "oracle"
+        oracle = self._oracle = config.policy == "oracle"
         if oracle and durations is None:
             raise ValueError("policy oracle knows the true durations, which only the simulator has.")
         self.paths = paths
@@ -70,7 +67,7 @@ class Scheduler:
         self._batches = 0
         self._rows = dict.fromkeys(self._estimates, 0)
         self._target_s: float | None = None
-        self._now = -math.inf
+        self._now = self._stale_at = -math.inf
         self.waiting_rows = 0
         """Rows that wait."""
 
@@ -167,6 +164,7 @@ class Scheduler:
             queue.budget.pay(batch.path.threads * (took_s - batch.expected_s))
             if usual:
                 estimate.observe(batch.rows, took_s, now)
+                self._refresh(now)
             estimate.rest.succeeded()
             self._note_rests(now)
             gained = queue.gains.pop(batch.number, None)
@@ -209,12 +207,17 @@ class Scheduler:
             self._target_s = mean + TARGET_WEIGHT * (min(target_s, CLIP * mean) - mean)
         if now != self._now:
             self._now = now
-            for estimate in self._estimates.values():
-                estimate.refresh(now, self._batches)
+            if now >= self._stale_at:
+                self._refresh(now)
             self._note_rests(now)
             if self._target_s is not None:
                 for queue in self._queues:
                     queue.budget.earn(now, BUDGET_TARGETS * self._target_s)
+
+    def _refresh(self, now: float) -> None:
+        for estimate in self._estimates.values():
+            estimate.refresh(now, self._batches)
+        self._stale_at = now if self._oracle else now + STALE_S
 
     def _note_rests(self, now: float) -> None:
         """Which paths rest now; none, if all would: rather one that may fail than nothing."""
@@ -372,8 +375,8 @@ class Scheduler:
         queue.budget.pay(estimate.threads * batch.expected_s)
         self._rows[estimate.path.name] += rows
         self._batches += 1
-        for other in self._estimates.values():
-            other.refresh(now, self._batches)
+        if self._oracle:
+            self._refresh(now)
         return batch
 
     def _attract(self, queue: DeviceQueue, now: float) -> bool:
