@@ -90,6 +90,9 @@ def test_a_path_whose_profile_errs_is_found_out(slower: float) -> None:
         two.observe(100, two.curve.seconds(100), now)
     driven.submit(100, now=now)
     assert driven.batches[1].path.name == ("one" if slower == 1.0 else "two")
+    driven.run_down()
+    driven.submit(100, now=now + 1000)
+    assert driven.batches[2].path.name == "one", "long ago"
 
 
 def test_where_others_wait_only_the_cheapest_path_is_counted_on() -> None:

@@ -151,6 +151,24 @@ def test_the_correction_follows_durations_that_double() -> None:
     assert driven.batches[-1].expected_s == pytest.approx(4e-3, rel=0.01)
 
 
+def test_what_a_batch_tells_holds_for_the_other_paths_at_once() -> None:
+    driven = Driven(made_cpu(made_path("one", 1.0, 10, 0.8), made_path("two", 1.0, 10, 0.8), slots=1))
+    driven.submit(100, path="one")
+    driven.finish(driven.batches[0], 4e-3)
+    assert driven.scheduler.correction("two") == driven.scheduler.correction("one") == pytest.approx(1.1)
+
+
+def test_the_oracle_knows_each_batch_of_several_that_start_together() -> None:
+    paths = one_path(slots=3)
+    scheduler = Scheduler(
+        paths, SchedulerConfig(policy="oracle"), lambda path, rows, number: 1e-3 * (1 + number)
+    )
+    for number in range(3):
+        scheduler.submit(Query(number, 100, 0.0, 1.0), 0.0)
+    batches, _ = scheduler.start(0.0)
+    assert [batch.expected_s for batch in batches] == pytest.approx([1e-3, 2e-3, 3e-3])
+
+
 def test_a_path_that_looked_too_slow_is_tried_again() -> None:
     driven = Driven(one_path())
     driven.submit(100)
