@@ -1,7 +1,7 @@
 """Which path a query takes: the rules, one class each, behind one word of the settings."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from tightrec.serving.paths import PathSet
@@ -86,12 +86,9 @@ class Multi(Policy):
 
     def choose(self, options: Sequence[Option]) -> Option:
         """The cheapest path of the device that is best for the query."""
-        by_device: dict[int, list[Option]] = {}
-        for option in options:
-            by_device.setdefault(id(option.queue), []).append(option)
         best: tuple[float, float] | None = None
         chosen = options[0]
-        for group in by_device.values():
+        for group in _by_device(options):
             base = cheapest(group)
             affords = group[0].queue.budget.affords
             quality = max(o.estimate.quality for o in group if o is base or affords(o.cost_s))
@@ -104,18 +101,22 @@ class Multi(Policy):
 
         The best of several promises is too good: the one whose estimate errs most is taken.
         """
-        by_device: dict[int, list[Option]] = {}
-        for option in options:
-            by_device.setdefault(id(option.queue), []).append(option)
         return [
             option
-            for group in by_device.values()
+            for group in _by_device(options)
             for option in ([cheapest(group)] if group[0].queue.waiting else group)
         ]
 
     def moves(self, item: Waiting, estimate: PathEstimate) -> bool:
         """Only to a path that is no worse."""
         return estimate.quality >= item.estimate.quality
+
+
+def _by_device(options: Sequence[Option]) -> Iterable[list[Option]]:
+    groups: dict[int, list[Option]] = {}
+    for option in options:
+        groups.setdefault(id(option.queue), []).append(option)
+    return groups.values()
 
 
 def cheapest(options: Sequence[Option]) -> Option:
