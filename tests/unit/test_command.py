@@ -1,6 +1,7 @@
 """How commands end: the status and the words of each thing that can stop one."""
 
 import errno
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -61,8 +62,11 @@ def test_a_reader_that_has_gone_ends_the_command_quietly(lines: int, tmp_path: P
         "    return 0\n"
         "sys.exit(exit_status(run, 'nothing'))\n"
     )
+    pipe = subprocess.PIPE
+    # Buffered, as a user's Python is: what is left in the buffer is written, and fails, at the very end.
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
     with subprocess.Popen(
-        [sys.executable, script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, script], stdin=pipe, stdout=pipe, stderr=pipe, env=buffered
     ) as process:
         assert process.stdin and process.stdout and process.stderr
         process.stdout.close()
